@@ -73,7 +73,9 @@ def draw_picture(rng):
     present = rng.random(4) < FREQUENCIES
     present[rng.integers(4)] |= not present.any()
     band = draw_band(rng)
-    masks = np.stack([draw_boxes(rng) & ~band if there else np.zeros_like(band) for there in present])
+    masks = np.stack(
+        [draw_boxes(rng) & ~band if there else np.zeros_like(band) for there in present]
+    )
 
     clouds = 0.35 * ramp(noise(rng, 90) + 0.4 * noise(rng, 14), 1.5, 2.5)
     for name, mask in zip(CLASSES, masks):
