@@ -1,0 +1,61 @@
+"""Show that images and masks belong together, on a few images.
+
+    PYTHONPATH=tests python tests/benchmarks/overfit.py INPUT_FOLDER [EPOCHS]
+
+First, in the batches of the generator, augmentation included: how much of the black band, which
+labellers leave out, an image's own masks cover, and how much another image's masks would. Then
+EfficientUNet is trained on all images without augmentation, up to a high training Dice.
+"""
+
+import itertools
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import KERNEL
+
+
+def cover_of_band(config, paths, labels, batches):
+    """The shares of the black band under an image's own masks, and under the next image's."""
+    own, other, band = 0, 0, 0
+    dataset = KERNEL.make_dataset(config, paths, labels, training=True)
+    for images, masks in itertools.islice(dataset, batches):
+        black = images.numpy().max(axis=-1) <= KERNEL.BAND_BRIGHTNESS
+        masked = masks.numpy().any(axis=-1)
+        band += black.sum()
+        own += (black & masked).sum()
+        other += (black & np.roll(masked, 1, axis=0)).sum()
+    return own / band, other / band
+
+
+def main(folder, epochs):
+    """Print both proofs."""
+    labels = KERNEL.read_labels(folder / "train.csv")
+    paths = [folder / "train_images" / name for name in labels.index]
+    config = KERNEL.replace(KERNEL.SAMPLE, epochs=epochs, learning_rate=2e-3)
+    own, other = cover_of_band(config, paths, labels, batches=50)
+    print(f"black pixels under masks: own {own:.2%}, another image's {other:.2%}")
+
+    config = KERNEL.replace(config, augmentation_probability=0.0)
+    training = KERNEL.make_dataset(config, paths, labels, training=True)
+    validation = KERNEL.make_dataset(config, paths, labels)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as output:
+        steps = math.ceil(2 * len(paths) / config.batch_size)
+        model, history = KERNEL.train(config, training, validation, steps, Path(output))
+    print(
+        f"{epochs} epochs in {time.perf_counter() - start:.0f} s, loss {history['val_loss'].min():.4f}"
+    )
+    rules = np.tile([128, 0], (len(KERNEL.CLASSES), 1))
+    areas, overlaps = KERNEL.count_validation(config, model, paths, labels)
+    scores = KERNEL.apply_rules(areas, overlaps, rules)
+    for name, score in zip(KERNEL.CLASSES, scores.mean(axis=0)):
+        print(f"{name:7} {score:.4f}")
+    print(f"mean    {scores.mean():.4f}  training Dice of {len(paths)} images at threshold 0.5")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 120)

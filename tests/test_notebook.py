@@ -1,0 +1,99 @@
+"""The notebook as it is committed, and the files around it."""
+
+import builtins
+import dis
+import itertools
+import json
+import re
+import types
+from pathlib import Path
+
+import jupytext
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    """kernel.ipynb with its outputs."""
+    return jupytext.read(ROOT / "kernel.ipynb")
+
+
+@pytest.fixture(scope="module")
+def code_cells(notebook):
+    """Its code cells."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_notebook_and_script_are_in_step(notebook):
+    assert jupytext.writes(notebook, fmt="py:percent") == (ROOT / "kernel.py").read_text()
+
+
+def test_notebook_is_stored_as_one_run_from_top_to_bottom(notebook, code_cells):
+    assert [cell.execution_count for cell in code_cells] == list(range(1, len(code_cells) + 1))
+    outputs = [output for cell in code_cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+
+
+def test_at_least_ten_cells_are_compared(code_cells):
+    compared = [
+        cell
+        for cell in code_cells
+        if cell.outputs and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    ]
+    assert len(compared) >= 10
+
+
+def test_cells_are_short(code_cells):
+    assert max(len(cell.source.splitlines()) for cell in code_cells) <= 60
+
+
+def test_parameters_cell_is_tagged(code_cells):
+    tagged = [cell for cell in code_cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and "preset = None" in tagged[0].source
+
+
+def global_names(code):
+    """The names that a function's code, and the code within it, load from the globals."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names.union(*map(global_names, inner))
+
+
+def test_definitions_lean_on_nothing_that_a_run_cell_makes(kernel):
+    """Whatever a definition reads is a definition itself, or built in."""
+    known = vars(kernel).keys() | vars(builtins).keys()
+    own = [value for value in vars(kernel).values() if getattr(value, "__module__", "") == "kernel"]
+    methods = [vars(value).values() for value in own if isinstance(value, type)]
+    functions = [f for f in [*own, *itertools.chain(*methods)] if isinstance(f, types.FunctionType)]
+    assert len(functions) > 30
+    for function in functions:
+        if function.__module__ == "kernel" and "<" not in function.__code__.co_filename:
+            lacking = global_names(function.__code__) - known
+            assert not lacking, f"{function.__qualname__} reads {lacking}"
+
+
+def test_metadata_is_what_kaggle_reads():
+    metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
+    owner, slug = metadata["id"].split("/")
+    assert owner == "YOUR_USERNAME"
+    assert slug == re.sub("[^a-z0-9]+", "-", metadata["title"].lower()).strip("-")
+    assert metadata["code_file"] == "kernel.ipynb"
+    assert (metadata["language"], metadata["kernel_type"]) == ("python", "notebook")
+    assert metadata["competition_sources"] == ["understanding_cloud_organization"]
+    assert metadata["machine_shape"] == "NvidiaTeslaT4"
+    assert metadata["enable_internet"] is True
+
+
+def test_requirements_and_first_cell_name_the_same_versions(kernel):
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(kernel.MISSING_ON_KAGGLE.values()) <= set(requirements)
+
+
+def test_readme_s_test_command_is_the_one_that_is_run():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert "pytest --nbval kernel.ipynb tests" in readme
+    assert "README.md" in script

@@ -1,0 +1,195 @@
+"""The measure, the losses, the optimiser and the training."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+PAIRS = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
+    lambda size: st.tuples(arrays(bool, size), arrays(bool, size))
+)
+
+
+@given(pair=PAIRS)
+def test_dice_is_the_one_of_the_definition(kernel, pair):
+    truth, prediction = ({*zip(*np.nonzero(mask))} for mask in pair)
+    total = len(truth) + len(prediction)
+    expected = 2 * len(truth & prediction) / total if total else 1
+    assert kernel.dice(*pair) == pytest.approx(expected)
+    assert kernel.dice(*(pair[::-1])) == kernel.dice(*pair)
+
+
+def test_dice_of_a_stack_is_one_value_per_mask(kernel):
+    masks = np.random.default_rng(0).integers(2, size=(2, 3, 4, 5, 6))
+    scores = kernel.dice(masks[0], masks[1])
+    assert scores.shape == (3, 4)
+    assert scores[2, 1] == kernel.dice(masks[0, 2, 1], masks[1, 2, 1])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Random masks (2, 3, 4, classes), and logits of background and classes."""
+    random = np.random.default_rng(0)
+    return random.integers(2, size=(2, 3, 4, 4)), random.normal(size=(2, 3, 4, 5))
+
+
+def reference_loss(entropy, truth, probabilities):
+    """0.7 x cross-entropy + 0.3 x Dice loss of one image, from the text of the paper."""
+    ratios = []
+    for index in range(4):
+        t, p = truth[..., index], probabilities[..., index]
+        ratios.append((2 * (t * p).sum() + 1) / (t.sum() + p.sum() + 1))
+    return 0.7 * entropy + 0.3 * (1 - np.mean(ratios))
+
+
+def test_sigmoid_loss_is_binary_cross_entropy_and_dice(kernel, batch):
+    masks, logits = batch
+    probabilities = 1 / (1 + np.exp(-logits[..., :4]))
+    found = kernel.make_loss(kernel.BEST)(masks.astype(np.uint8), tf.constant(probabilities))
+    for image in range(2):
+        t, p = masks[image], probabilities[image]
+        entropy = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
+        assert found[image].numpy() == pytest.approx(reference_loss(entropy, t, p), rel=1e-5)
+
+
+def exclude_slowly(masks):
+    """The number of the channel that each pixel of one image belongs to, pixel by pixel."""
+    areas = masks.sum(axis=(0, 1))
+    winners = np.zeros(masks.shape[:2], int)
+    for row, column in np.ndindex(*winners.shape):
+        classes = np.flatnonzero(masks[row, column])
+        if len(classes):
+            winners[row, column] = 1 + min(classes, key=lambda index: areas[index])
+    return winners
+
+
+def test_softmax_loss_is_categorical_cross_entropy_and_dice(kernel, batch):
+    masks, logits = batch
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    found = kernel.make_loss(kernel.PAPER)(masks.astype(np.uint8), tf.constant(probabilities))
+    for image in range(2):
+        winners, p = exclude_slowly(masks[image]), probabilities[image]
+        entropy = -np.log(np.take_along_axis(p, winners[..., None], axis=-1)).mean()
+        t = np.eye(5)[winners]
+        expected = reference_loss(entropy, t[..., 1:], p[..., 1:])
+        assert found[image].numpy() == pytest.approx(expected, rel=1e-5)
+
+
+def test_overlaps_go_to_the_smaller_mask(kernel, batch):
+    masks = batch[0]
+    found = kernel.exclude_overlaps(tf.constant(masks, tf.float32)).numpy()
+    for image in range(2):
+        np.testing.assert_array_equal(found[image], np.eye(5)[exclude_slowly(masks[image])])
+
+
+@pytest.mark.parametrize("preset", ["PAPER", "BEST"])
+def test_loss_vanishes_for_a_perfect_prediction_only(kernel, preset):
+    masks = np.zeros((1, 8, 8, 4), np.uint8)
+    masks[0, :4, :, 0] = masks[0, 4:, 2:, 2] = 1
+    background = (masks.sum(axis=-1, keepdims=True) == 0).astype(np.uint8)
+    perfect = np.concatenate([background, masks], axis=-1) if preset == "PAPER" else masks
+    loss = kernel.make_loss(kernel.PRESETS[preset])
+    assert loss(masks, tf.constant(perfect, tf.float32)).numpy() == pytest.approx(0, abs=1e-5)
+    assert loss(masks, tf.constant(perfect[..., ::-1].copy(), tf.float32)).numpy() > 1
+
+
+def test_rectified_adam_warms_up_and_decays(kernel):
+    """Step for step equal to the algorithm of arXiv 1908.03265 with a linear rise and fall."""
+    total, peak, first_decay, second_decay = 20, 0.01, 0.9, 0.999
+    config = kernel.replace(kernel.BEST, learning_rate=peak, warmup_proportion=0.2)
+    optimizer = kernel.make_optimizer(config, total)
+    variable = tf.Variable([1.0, -2.0])
+    expected = np.array([1.0, -2.0])
+    mean, square = np.zeros(2), np.zeros(2)
+    longest = 2 / (1 - second_decay) - 1
+    for step in range(1, total + 1):
+        gradient = np.array([math.sin(step), 0.5])
+        optimizer.apply_gradients([(tf.constant(gradient, tf.float32), variable)])
+        mean = first_decay * mean + (1 - first_decay) * gradient
+        square = second_decay * square + (1 - second_decay) * gradient**2
+        length = longest - 2 * step * second_decay**step / (1 - second_decay**step)
+        rate = peak * step / 4 if step <= 4 else peak + (peak / 100 - peak) * (step - 4) / 16
+        update = mean / (1 - first_decay**step)
+        if length >= 5:
+            update /= np.sqrt(square / (1 - second_decay**step)) + 1e-7
+            numerator = (length - 4) * (length - 2) * longest
+            update *= math.sqrt(numerator / ((longest - 4) * (longest - 2) * length))
+        expected = expected - rate * update
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=2e-4)
+
+
+def build_small(config):
+    """A network of one layer in EfficientUNet's place."""
+    images = tf.keras.layers.Input((*config.image_size, 3), dtype=tf.uint8)
+    scaled = tf.keras.layers.Rescaling(1 / 255)(images)
+    channels = 5 if config.activation == "softmax" else 4
+    return tf.keras.Model(
+        images, tf.keras.layers.Conv2D(channels, 1, activation=config.activation)(scaled)
+    )
+
+
+def train_small(kernel, config, paths, labels, output):
+    """Train on the first eight images of the sample, validate on the others."""
+    training = kernel.make_dataset(config, paths[:8], labels[:8], training=True)
+    validation = kernel.make_dataset(config, paths[8:], labels[8:])
+    return validation, *kernel.train(config, training, validation, 8, output)
+
+
+def test_best_weights_are_kept_and_loaded_again(kernel, tiny, labels, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel, "build_efficient_unet", build_small)
+    config = kernel.replace(tiny, epochs=6, learning_rate=3.0)  # so high that the loss jumps
+    validation, model, history = train_small(kernel, config, paths, labels, tmp_path)
+    losses = history["val_loss"]
+    assert losses.idxmin() < losses.index[-1] and list(losses.index) == [1, 2, 3, 4, 5, 6]
+    assert model.evaluate(validation, verbose=0) == pytest.approx(losses.min(), rel=1e-5)
+    model.load_weights(tmp_path / "efficient_unet.weights.h5")
+    assert model.evaluate(validation, verbose=0) == pytest.approx(losses.min(), rel=1e-5)
+    saved = pd.read_csv(tmp_path / "history.csv", index_col="epoch")
+    pd.testing.assert_frame_equal(saved, history)
+
+
+def test_training_twice_gives_the_same_weights(kernel, tiny, labels, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel, "build_efficient_unet", build_small)
+    models = [train_small(kernel, tiny, paths, labels, tmp_path)[1] for _ in range(2)]
+    for first, second in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_loss_that_never_is_a_number_is_an_error(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(kernel, "build_efficient_unet", build_small)
+    monkeypatch.setattr(
+        kernel, "make_loss", lambda config: lambda masks, p: p[:, 0, 0, 0] * math.nan
+    )
+    with pytest.raises(RuntimeError, match="never was finite"):
+        train_small(kernel, tiny, paths, labels, tmp_path)
+
+
+def test_progress_tells_the_time_left(kernel, monkeypatch, capsys):
+    times = iter([100, 110, 120, 150, 160])
+    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(times))
+    progress = kernel.Progress("Image", 5, pause=15)
+    for number in range(5):
+        progress.advance(f"({number})")
+    assert capsys.readouterr().out.splitlines() == [
+        "Image 3 of 5, 0.3 min left (2)",
+        "Image 4 of 5, 0.3 min left (3)",
+        "Image 5 of 5, 0.0 min left (4)",
+    ]
+
+
+def test_paper_trains_and_predicts(kernel, labels, paths, tmp_path):
+    """The softmax path with the real network; the notebook itself runs the path with sigmoids."""
+    changes = {"encoder_weights": None, "image_size": (64, 96), "batch_size": 4, "epochs": 2}
+    config = kernel.replace(kernel.PAPER, **changes)
+    validation, model, history = train_small(kernel, config, paths, labels, tmp_path)
+    assert np.isfinite(history.to_numpy()).all()
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    maps = list(kernel.predict_maps(config, model, paths[8:]))
+    assert len(maps) == 4 and maps[0].shape == (350, 525, 4)
