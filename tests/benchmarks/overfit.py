@@ -46,9 +46,8 @@ def main(folder, epochs):
     with tempfile.TemporaryDirectory() as output:
         steps = math.ceil(2 * len(paths) / config.batch_size)
         model, history = KERNEL.train(config, training, validation, steps, Path(output))
-    print(
-        f"{epochs} epochs in {time.perf_counter() - start:.0f} s, loss {history['val_loss'].min():.4f}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")
     rules = np.tile([128, 0], (len(KERNEL.CLASSES), 1))
     areas, overlaps = KERNEL.count_validation(config, model, paths, labels)
     scores = KERNEL.apply_rules(areas, overlaps, rules)
