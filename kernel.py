@@ -92,6 +92,7 @@ import itertools
 import json
 import math
 import platform
+import random
 import re
 import time
 from dataclasses import dataclass, replace
@@ -542,7 +543,11 @@ def make_augmentation(config, draw):
         albumentations.Rotate(limit=config.rotation_limit, p=chance),
         albumentations.GridDistortion(p=chance),
     ]
-    return albumentations.Compose(transforms, seed=draw)
+    augmentation = albumentations.Compose(transforms)
+    # One stream of chance for all: given a seed, Compose would start the same stream anew for each
+    # transform, and either all of them would happen or none.
+    augmentation.set_random_state(np.random.default_rng(draw), random.Random(draw))
+    return augmentation
 
 
 def load_example(config, path, rles=None, draw=AS_IS):
@@ -563,9 +568,9 @@ def load_example(config, path, rles=None, draw=AS_IS):
 # %%
 def plan_epoch(count, epoch, seed):
     """The examples of one epoch over `count` images: int64 (2 x count, 2), an image and a draw."""
-    random = np.random.default_rng((seed, epoch))
-    draws = np.append(np.full(count, AS_IS), random.integers(2**31, size=count))
-    return random.permutation(np.column_stack([np.tile(np.arange(count), 2), draws]))
+    generator = np.random.default_rng((seed, epoch))
+    draws = np.append(np.full(count, AS_IS), generator.integers(2**31, size=count))
+    return generator.permutation(np.column_stack([np.tile(np.arange(count), 2), draws]))
 
 
 def make_dataset(config, paths, labels=None, training=False):

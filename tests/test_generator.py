@@ -1,6 +1,7 @@
 """Images, augmentation, epochs and batches."""
 
 import itertools
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -43,19 +44,37 @@ def test_image_and_masks_move_together(kernel, draw):
         assert kernel.dice(mask, marker) > 0.93  # the image is interpolated, the plane is not
 
 
-def test_all_four_augmentations_happen_with_their_probabilities(kernel, labels, paths):
-    seen = set()
-    image = np.arange(64 * 96 * 3, dtype=np.uint32).reshape(64, 96, 3).astype(np.uint8)
-    certain = kernel.make_augmentation(
-        kernel.replace(kernel.SAMPLE, augmentation_probability=1.0), 0
-    )
-    for transform in certain.transforms:
-        seen.add(type(transform).__name__)
-        assert transform.p == 1
-    assert seen == {"HorizontalFlip", "VerticalFlip", "Rotate", "GridDistortion"}
-    assert certain.transforms[2].limit == (-20, 20)
-    never = kernel.make_augmentation(kernel.replace(kernel.SAMPLE, augmentation_probability=0.0), 0)
-    np.testing.assert_array_equal(never(image=image, mask=image[..., 0])["image"], image)
+def test_each_augmentation_happens_by_itself_with_its_probability(kernel, monkeypatch):
+    """All 16 combinations of the four transforms are equally frequent at a probability of 1/2."""
+    image, happening, combinations = np.zeros((16, 24, 3), np.uint8), set(), Counter()
+
+    def recorded(name, apply):
+        def record(*arguments, **parameters):
+            happening.add(name)
+            return apply(*arguments, **parameters)
+
+        return record
+
+    for transform in kernel.make_augmentation(kernel.SAMPLE, 0).transforms:
+        kind = type(transform)
+        monkeypatch.setattr(kind, "apply", recorded(kind.__name__, kind.apply))
+    for draw in range(3200):
+        happening.clear()
+        kernel.make_augmentation(kernel.SAMPLE, draw)(image=image, mask=image[..., 0])
+        combinations[frozenset(happening)] += 1
+    names = {"HorizontalFlip", "VerticalFlip", "Rotate", "GridDistortion"}
+    assert frozenset().union(*combinations) == names and len(combinations) == 16
+    assert all(150 <= count <= 250 for count in combinations.values())  # 200 +- 3.7 deviations
+
+
+def test_rotation_is_limited_and_probability_is_obeyed(kernel):
+    image = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
+    augmentation = kernel.make_augmentation(kernel.SAMPLE, 0)
+    assert augmentation.transforms[2].limit == (-20, 20)
+    never = kernel.replace(kernel.SAMPLE, augmentation_probability=0.0)
+    for draw in range(5):
+        unchanged = kernel.make_augmentation(never, draw)(image=image, mask=image[..., 0])
+        np.testing.assert_array_equal(unchanged["image"], image)
 
 
 def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
