@@ -631,7 +631,7 @@ def add_legend(figure):
 # %%
 small = replace(config, image_size=SUBMISSION_SIZE)
 chosen = present.sum(axis=1).idxmax()  # the image with the most classes
-figure, panels = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
 for axes, draw in zip(panels.flat, [AS_IS, 1, 3, 4, 6, 7]):
     image, masks = load_example(small, source / "train_images" / chosen, labels.loc[chosen], draw)
     outline(axes, image, masks, "as it is" if draw == AS_IS else f"draw {draw}")
