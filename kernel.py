@@ -157,6 +157,7 @@ class Config:
     seed: int  # of the folds, the augmentation, the initial weights and dropout
 
 
+# %%
 PAPER = Config(
     encoder="efficientnetb0",  # the smallest of the paper's B0 to B5
     encoder_weights="imagenet",
@@ -715,14 +716,6 @@ pd.DataFrame(shapes, ["height", "width", "channels"]).T
 #
 # The competition's measure is the Dice coefficient of two masks, twice the area of their overlap
 # over the sum of their areas, and 1 where both are empty.
-#
-# The loss is 0.7 x cross-entropy + 0.3 x Dice loss. The Dice loss is 1 minus the Dice coefficient
-# of the mask and the probabilities, for each class of each image, with a pixel added above and
-# below the fraction so that it stays defined for an absent class.
-#
-# Softmax gives each pixel to one class or to the background. Where masks overlap, the paper's
-# network has to choose; we let the class with the smaller mask win. Even a perfect network would
-# then score .9636 at the most on the competition's training images. Sigmoids have no such limit.
 
 
 # %%
@@ -738,6 +731,27 @@ def dice(truth, prediction):
     return divide_dice(overlap, truth.sum(axis=(-2, -1)) + prediction.sum(axis=(-2, -1)))
 
 
+# %% [markdown]
+# Four cases worked by hand: half of the mask found, 2 x 1 / (2 + 1), none of it, a false alarm, and
+# rightly nothing.
+
+# %%
+left, right, empty = np.eye(3)[0:1], np.eye(3)[1:2], np.zeros((1, 3))
+cases = {"half found": (left + right, left), "none found": (left, right)}
+cases |= {"false alarm": (empty, left), "rightly nothing": (empty, empty)}
+pd.Series({case: float(dice(*masks)) for case, masks in cases.items()}, name="dice").round(4)
+
+# %% [markdown]
+# The loss is 0.7 x cross-entropy + 0.3 x Dice loss. The Dice loss is 1 minus the Dice coefficient
+# of the mask and the probabilities, for each class of each image, with a pixel added above and
+# below the fraction so that it stays defined for an absent class.
+#
+# Softmax gives each pixel to one class or to the background. Where masks overlap, the paper's
+# network has to choose; we let the class with the smaller mask win. Even a perfect network would
+# then score .9636 at the most on the competition's training images. Sigmoids have no such limit.
+
+
+# %%
 def exclude_overlaps(masks):
     """Masks (batch, height, width, classes) to one-hot background and classes, one per pixel.
 
@@ -795,16 +809,6 @@ def make_optimizer(config, total_steps):
         min_lr=config.learning_rate / 100,
     )
 
-
-# %% [markdown]
-# Four cases worked by hand: half of the mask found, 2 x 1 / (2 + 1), none of it, a false alarm, and
-# rightly nothing.
-
-# %%
-left, right, empty = np.eye(3)[0:1], np.eye(3)[1:2], np.zeros((1, 3))
-cases = {"half found": (left + right, left), "none found": (left, right)}
-cases |= {"false alarm": (empty, left), "rightly nothing": (empty, empty)}
-pd.Series({case: float(dice(*masks)) for case, masks in cases.items()}, name="dice").round(4)
 
 # %% [markdown]
 # ## Train

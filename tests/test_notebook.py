@@ -49,7 +49,7 @@ def test_at_least_ten_cells_are_compared(code_cells):
 
 
 def test_cells_are_short(code_cells):
-    assert max(len(cell.source.splitlines()) for cell in code_cells) <= 60
+    assert max(len(cell.source.splitlines()) for cell in code_cells) <= 40
 
 
 def test_parameters_cell_is_tagged(code_cells):
