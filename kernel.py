@@ -933,9 +933,11 @@ def find_band(image):
     return cv2.morphologyEx(dark, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0  # no single pixels
 
 
-def predict_maps(config, model, paths):
-    """Yield the probability maps of each image, uint8 (350, 525, classes), 0 on the black band."""
+def make_predictor(config, model):
+    """The network and what follows it as one compiled function.
 
+    It takes images, uint8 (batch, height, width, 3), to maps, uint8 (batch, 350, 525, classes).
+    """
     signature = [tf.TensorSpec((None, *config.image_size, 3), tf.uint8)]
 
     @tf.function(input_signature=signature, autograph=False)
@@ -944,6 +946,14 @@ def predict_maps(config, model, paths):
         resized = tf.image.resize(probabilities, SUBMISSION_SIZE, antialias=True)
         return tf.cast(tf.round(255 * tf.clip_by_value(resized, 0, 1)), tf.uint8)
 
+    return predict
+
+
+def predict_maps(config, predict, paths):
+    """Yield the maps of each image, uint8 (350, 525, classes), 0 on the black band.
+
+    `predict` is what make_predictor returns.
+    """
     for (images,) in make_dataset(config, paths):
         for image, maps in zip(images.numpy(), predict(images).numpy()):
             maps[find_band(image)] = 0
@@ -966,18 +976,19 @@ def count_pixels(maps, masks):
     return areas, overlaps
 
 
-def count_validation(config, model, paths, labels):
+def count_validation(config, predict, paths, labels):
     """count_pixels for each image: two int arrays (images, classes, 256)."""
     progress = Progress("Validation image", len(paths))
     counts = []
-    for maps, rles in zip(predict_maps(config, model, paths), labels.to_numpy()):
+    for maps, rles in zip(predict_maps(config, predict, paths), labels.to_numpy()):
         counts.append(count_pixels(maps, split_plane(read_plane(rles, SUBMISSION_SIZE))))
         progress.advance()
     return np.stack(counts, axis=1)
 
 
 # %% tags=["nbval-ignore-output"]
-areas, overlaps = count_validation(config, model, validation_paths, validation_rows)
+predict = make_predictor(config, model)
+areas, overlaps = count_validation(config, predict, validation_paths, validation_rows)
 
 # %% [markdown]
 # With the counts, all 255 thresholds times 60 minimum areas are compared at once, for each class.
@@ -1092,7 +1103,7 @@ shown = validation_paths[:3]
 figure, panels = plt.subplots(
     len(shown), 2, figsize=(12, 4 * len(shown)), layout="constrained", squeeze=False
 )
-for row, path, maps in zip(panels, shown, predict_maps(config, model, shown)):
+for row, path, maps in zip(panels, shown, predict_maps(config, predict, shown)):
     image = read_image(path, SUBMISSION_SIZE)
     truth = split_plane(read_plane(labels.loc[path.name], SUBMISSION_SIZE))
     outline(row[0], image, truth, f"{path.name}: truth")
@@ -1110,11 +1121,11 @@ plt.show()
 
 
 # %%
-def predict_rles(config, model, paths, rules):
+def predict_rles(config, predict, paths, rules):
     """The encoded masks of each image, a dictionary from label rows to run-length encodings."""
     progress = Progress("Test image", len(paths))
     rles = {}
-    for path, maps in zip(paths, predict_maps(config, model, paths)):
+    for path, maps in zip(paths, predict_maps(config, predict, paths)):
         masks = make_masks(maps, rules)
         for index, name in enumerate(CLASSES):
             rles[f"{path.name}_{name}"] = encode_rle(masks[..., index])
@@ -1150,7 +1161,7 @@ def check_submission(path, sample_path):
 
 
 # %% tags=["nbval-ignore-output"]
-rles = predict_rles(config, model, test_paths, rules)
+rles = predict_rles(config, predict, test_paths, rules)
 write_submission(rles, sample_path, output / "submission.csv")
 
 # %%

@@ -131,7 +131,7 @@ def test_maps_of_every_image_are_bytes_at_the_submission_s_size(
     background = [tf.ones_like(red)] * (channels - 4)
     model = tf.keras.Model(images, tf.concat([*background, *classes], axis=-1))
     config = kernel.replace(tiny, activation=activation, batch_size=5)
-    found = list(kernel.predict_maps(config, model, paths))
+    found = list(kernel.predict_maps(config, kernel.make_predictor(config, model), paths))
     assert len(found) == len(paths) == 12  # 5 + 5 + 2
     for path, maps in zip(paths, found):
         image = kernel.read_image(path, (64, 96))

@@ -191,5 +191,5 @@ def test_paper_trains_and_predicts(kernel, labels, paths, tmp_path):
     validation, model, history = train_small(kernel, config, paths, labels, tmp_path)
     assert np.isfinite(history.to_numpy()).all()
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-    maps = list(kernel.predict_maps(config, model, paths[8:]))
+    maps = list(kernel.predict_maps(config, kernel.make_predictor(config, model), paths[8:]))
     assert len(maps) == 4 and maps[0].shape == (350, 525, 4)

@@ -63,7 +63,7 @@ def test_predictions_are_encoded_under_their_names(kernel, tiny, sample, monkeyp
     maps = np.zeros((len(paths), 350, 525, 4), np.uint8)
     for image, index in np.ndindex(len(paths), 4):
         maps[image, 10 * image : 10 * image + 50, 20 * index : 20 * index + 60, index] = 255
-    monkeypatch.setattr(kernel, "predict_maps", lambda config, model, paths: iter(maps))
+    monkeypatch.setattr(kernel, "predict_maps", lambda config, predict, paths: iter(maps))
     rles = kernel.predict_rles(tiny, None, paths, np.array([[128, 0]] * 4))
     assert len(rles) == 4 * len(paths)
     for image, path in enumerate(paths):

@@ -49,7 +49,8 @@ def main(folder, epochs):
     seconds = time.perf_counter() - start
     print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")
     rules = np.tile([128, 0], (len(KERNEL.CLASSES), 1))
-    areas, overlaps = KERNEL.count_validation(config, model, paths, labels)
+    predict = KERNEL.make_predictor(config, model)
+    areas, overlaps = KERNEL.count_validation(config, predict, paths, labels)
     scores = KERNEL.apply_rules(areas, overlaps, rules)
     for name, score in zip(KERNEL.CLASSES, scores.mean(axis=0)):
         print(f"{name:7} {score:.4f}")
