@@ -13,12 +13,11 @@
 # %% [markdown]
 # # Understanding clouds with EfficientUNet
 #
-# Shallow clouds over the tropical oceans arrange themselves in patterns, and the patterns decide
-# how much sunlight the sea receives. Climate scientists named four of them, *Fish*, *Flower*,
-# *Gravel* and *Sugar*, and asked volunteers to draw boxes around them in satellite pictures. The
-# competition [Understanding Clouds from Satellite
-# Images](https://www.kaggle.com/c/understanding_cloud_organization) asks for the boxes in
-# pictures that nobody has looked at: four masks per picture, each of which may be empty.
+# Shallow clouds over the oceans arrange themselves in patterns that matter to the Earth's climate.
+# Climate scientists named four of them, *Fish*, *Flower*, *Gravel* and *Sugar*, and labellers drew
+# boxes around them in satellite pictures. The competition [Understanding Clouds from Satellite
+# Images](https://www.kaggle.com/c/understanding_cloud_organization) asks for the same in pictures
+# whose labels it keeps: four masks per picture, each of which may be empty.
 #
 # This notebook goes from `train.csv` to `submission.csv` along the paper [Classification and
 # understanding of cloud structures via satellite images with
@@ -127,9 +126,9 @@ print("Devices:", ", ".join(device.device_type for device in tf.config.list_phys
 # ## Configure the run
 #
 # Everything that can be chosen stands in one `Config`. There are three of them: `PAPER` follows the
-# paper to the letter, `BEST` departs from it where there is a reason to, and `SAMPLE` is `BEST` cut
-# down until two CPU cores run the whole notebook in minutes. Batch size, epochs, learning rate and
-# the probability of each augmentation are ours in all three.
+# paper, `BEST` departs from it where there is a reason to, and `SAMPLE` is `BEST` cut down until
+# two CPU cores run the whole notebook in minutes. Batch size, epochs, learning rate and the
+# probability of each augmentation are ours in all three.
 
 
 # %%
