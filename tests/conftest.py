@@ -70,4 +70,5 @@ def paths(labels, sample):
 @pytest.fixture(scope="session")
 def tiny(kernel):
     """A configuration small enough for a test of the network."""
-    return kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=2, epochs=1)
+    sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "batch_size": 2}
+    return kernel.replace(kernel.SAMPLE, **sizes, epochs=1)

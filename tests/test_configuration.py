@@ -35,6 +35,14 @@ def test_single_fields_are_overridden(kernel):
     assert config == kernel.replace(kernel.PAPER, fold=2, epochs=7, image_size=(64, 96))
 
 
+def test_a_single_encoder_or_fold_replaces_the_preset_s_list(kernel):
+    _, config = kernel.choose_config("SAMPLE", {"encoder": "efficientnetb1", "fold": 3}, {})
+    assert (config.encoders, config.folds_to_run) == ((), ())
+    environment = {"CLOUDS_OVERRIDES": '{"encoders": ["efficientnetb1", [1.0, 1.2]], "fold": 3}'}
+    _, config = kernel.choose_config("SAMPLE", {}, environment)
+    assert config.encoders == ("efficientnetb1", (1.0, 1.2))
+
+
 def test_unknown_names_are_refused_with_what_is_known(kernel):
     with pytest.raises(ValueError, match="no preset 'GOOD', only PAPER, BEST, SAMPLE"):
         kernel.choose_config("GOOD", None, {})

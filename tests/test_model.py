@@ -1,5 +1,7 @@
 """EfficientUNet: what goes in, what comes out, what is inside."""
 
+import inspect
+
 import efficientnet.tfkeras
 import numpy as np
 import pytest
@@ -79,16 +81,74 @@ def test_encoders_and_sizes(kernel, tiny, encoder, size):
     assert model(np.zeros((1, *size, 3), np.uint8)).shape == (1, *size, 4)
 
 
+def count_published(width, depth):
+    """The parameters of the EfficientNet that Keras itself ships, without its normalisation."""
+    build = inspect.unwrap(tf.keras.applications.efficientnet.EfficientNetB0).__globals__
+    model = build["EfficientNet"](width, depth, 224, weights=None, include_top=False)
+    return model.count_params() - 7  # mean, variance and count of three channels
+
+
+@pytest.mark.parametrize(
+    ("encoder", "width", "depth"),
+    [
+        ("efficientnetb0", 1.0, 1.0),
+        ("efficientnetb1", 1.0, 1.1),
+        ((1.0, 1.0), 1.0, 1.0),
+        ((1.1, 1.2), 1.1, 1.2),  # B2
+        ((0.5, 0.3), 0.5, 0.3),
+        ((0.75, 1.5), 0.75, 1.5),
+    ],
+)
+def test_encoders_have_as_many_parameters_as_keras_s(kernel, tiny, encoder, width, depth):
+    config = kernel.replace(tiny, encoder=encoder)
+    encoder = kernel.build_classifier(config).get_layer(index=2)
+    assert encoder.count_params() == count_published(width, depth)
+    unet = kernel.build_efficient_unet(config).get_layer(index=2)
+    inside = tf.keras.Model(unet.input, unet.get_layer("top_activation").output)
+    assert inside.count_params() == encoder.count_params()
+
+
+def test_coefficients_of_b0_make_b0(kernel, tiny):
+    """The same layers with the same shapes, in both networks."""
+    configs = [kernel.replace(tiny, encoder=encoder) for encoder in ("efficientnetb0", (1.0, 1.0))]
+    for build in (kernel.build_classifier, kernel.build_efficient_unet):
+        first, second = ([w.shape for w in build(config).weights] for config in configs)
+        assert first == second
+
+
+def test_scaling_multiplies_channels_and_repeats_layers(kernel, tiny):
+    """B0's widths 32 to 320 and depths 1, 2, 2, 3, 3, 4, 1, scaled and rounded by hand."""
+    encoder = kernel.build_classifier(kernel.replace(tiny, encoder=(1.5, 0.6))).get_layer(index=2)
+    assert encoder.get_layer("stem_conv").filters == 48
+    repeats = [1, 2, 2, 2, 2, 3, 1]  # 0.6 times as many, rounded up
+    widths = [24, 40, 64, 120, 168, 288, 480]  # 1.5 times as many, to the nearest 8; 36 to 40
+    for block, (count, width) in enumerate(zip(repeats, widths), start=1):
+        names = [f"block{block}{letter}_project_conv" for letter in "abcd"]
+        there = [layer for layer in encoder.layers if layer.name in names]
+        assert [layer.filters for layer in there] == [width] * count
+    assert encoder.get_layer("top_conv").filters == 1920
+
+
+def test_coefficients_have_no_imagenet_weights(kernel, tiny):
+    config = kernel.replace(tiny, encoder=(1.0, 1.3), encoder_weights="imagenet")
+    for build in (kernel.build_classifier, kernel.build_efficient_unet):
+        with pytest.raises(ValueError, match="efficientnet-1.0-1.3 has no ImageNet weights"):
+            build(config)
+
+
 def test_encoder_weights_come_from_a_file(kernel, tiny, tmp_path):
     encoder = efficientnet.tfkeras.EfficientNetB0(
         include_top=False, weights=None, input_shape=(64, 96, 3)
     )
     encoder.save_weights(tmp_path / "encoder.h5")
-    config = kernel.replace(tiny, encoder_weights=str(tmp_path / "encoder.h5"))
-    unet = kernel.build_efficient_unet(config).get_layer(index=2)
-    for layer in (layer for layer in encoder.layers if layer.weights):
-        for expected, found in zip(layer.get_weights(), unet.get_layer(layer.name).get_weights()):
-            np.testing.assert_array_equal(found, expected)
+    path = str(tmp_path / "encoder.h5")
+    config = kernel.replace(tiny, encoder="efficientnetb0", encoder_weights=path)
+    for network in (kernel.build_efficient_unet(config), kernel.build_classifier(config)):
+        ours = network.get_layer(index=2)
+        for layer in (layer for layer in encoder.layers if layer.weights):
+            weights = ours.get_layer(layer.name).get_weights()
+            for expected, found in zip(layer.get_weights(), weights):
+                np.testing.assert_array_equal(found, expected)
 
 
 def test_float16_inside_leaves_the_output_and_the_global_policy_alone(kernel, tiny, images):

@@ -64,7 +64,8 @@ def test_predictions_are_encoded_under_their_names(kernel, tiny, sample, monkeyp
     for image, index in np.ndindex(len(paths), 4):
         maps[image, 10 * image : 10 * image + 50, 20 * index : 20 * index + 60, index] = 255
     monkeypatch.setattr(kernel, "predict_maps", lambda config, predict, paths: iter(maps))
-    rles = kernel.predict_rles(tiny, None, paths, np.array([[128, 0]] * 4))
+    presence = np.ones((len(paths), 4))
+    rles = kernel.predict_rles([(tiny, None)], paths, presence, kernel.PLAIN_RULES, np.zeros(4))
     assert len(rles) == 4 * len(paths)
     for image, path in enumerate(paths):
         for index, name in enumerate(kernel.CLASSES):

@@ -1,0 +1,151 @@
+"""Runs of several encoders and folds: their list, what they leave, and the tables of all."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+
+def make_results(kernel, folder, config, dice, weights=False):
+    """Leave what a session leaves, the networks' weights as empty files; returns its runs."""
+    folder.mkdir(parents=True)
+    runs = kernel.list_runs(config, folder)
+    for number, run in enumerate(runs):
+        values = np.array([0.5, 0.75, 0.7, dice, dice + 0.1]) + number / 100
+        run.results.update(zip(kernel.MEASURES, values.tolist()))
+        if weights:
+            for network in kernel.NETWORKS:
+                run.weights(network).touch()
+    entries = [{"config": dataclasses.asdict(run.config), "results": run.results} for run in runs]
+    text = json.dumps({"notebook": kernel.TITLE, "runs": entries})
+    (folder / "results.json").write_text(text)
+    return runs
+
+
+def test_a_run_for_each_encoder_and_fold(kernel, tmp_path):
+    config = kernel.replace(
+        kernel.PAPER, encoders=("efficientnetb1", (1.0, 1.2)), folds_to_run=(2, 4)
+    )
+    runs = kernel.list_runs(config, tmp_path)
+    assert [run.name for run in runs] == [
+        "efficientnetb1-fold2",
+        "efficientnetb1-fold4",
+        "efficientnet-1.0-1.2-fold2",
+        "efficientnet-1.0-1.2-fold4",
+    ]
+    assert runs[3].config == kernel.replace(kernel.PAPER, encoder=(1.0, 1.2), fold=4)
+    assert len({run.weights(network) for run in runs for network in kernel.NETWORKS}) == 8
+    assert [run.name for run in kernel.list_runs(kernel.PAPER, tmp_path)] == [
+        "efficientnetb0-fold0"
+    ]
+
+
+def test_runs_come_back_from_their_results(kernel, tmp_path):
+    config = kernel.replace(kernel.SAMPLE, encoders=("efficientnetb0", (0.5, 0.3)))
+    runs = make_results(kernel, tmp_path / "a", config, 0.6)
+    assert kernel.read_results(tmp_path / "a" / "results.json") == runs
+
+
+def test_earlier_runs_are_found_where_kaggle_mounts_them_or_where_it_is_said(kernel, tmp_path):
+    attached = tmp_path / "notebooks" / "someone" / "clouds-b1"
+    first = make_results(kernel, attached, kernel.SAMPLE, 0.6)
+    second = make_results(kernel, tmp_path / "my-dataset", kernel.BEST, 0.5)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"accuracy": 1}')
+    assert kernel.find_earlier(None, {}, tmp_path) == [*second, *first]
+    assert kernel.find_earlier([str(attached)], {}, tmp_path) == first
+    listed = {"CLOUDS_EARLIER": f"{attached}{kernel.os.pathsep}{tmp_path / 'my-dataset'}"}
+    assert kernel.find_earlier(["elsewhere"], listed, tmp_path) == [*first, *second]
+    assert kernel.find_earlier(None, {}, tmp_path / "none") == []
+    with pytest.raises(FileNotFoundError, match="no elsewhere/results.json"):
+        kernel.find_earlier(["elsewhere"], {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: run["config"].pop("seed"), "seed"),
+        (lambda run: run["config"].update(colour=1), "colour"),
+        (lambda run: run["results"].pop("Dice"), "'Dice'"),
+        (lambda run: run["results"].update(Dice="high"), "'high'"),
+        (lambda run: run["results"].update(Dice=None), "NoneType"),
+    ],
+)
+def test_results_of_another_version_are_named(kernel, tmp_path, break_it, message):
+    make_results(kernel, tmp_path / "a", kernel.SAMPLE, 0.6)
+    path = tmp_path / "a" / "results.json"
+    results = json.loads(path.read_text())
+    break_it(results["runs"][0])
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=f"{path} is of another version.*{message}"):
+        kernel.read_results(path)
+
+
+def test_networks_predict_together_only_on_the_same_split_and_with_weights(kernel, tmp_path):
+    base = kernel.replace(kernel.SAMPLE, folds_to_run=(), encoder="efficientnetb0", fold=0)
+    own = make_results(kernel, tmp_path / "own", base, 0.6)
+    other_fold = kernel.replace(base, fold=1)
+    earlier = [
+        *make_results(kernel, tmp_path / "same", base, 0.6, weights=True),
+        *make_results(kernel, tmp_path / "fits", other_fold, 0.6, weights=True),
+        *make_results(
+            kernel, tmp_path / "seed", kernel.replace(other_fold, seed=1), 0.6, weights=True
+        ),
+        *make_results(
+            kernel, tmp_path / "folds", kernel.replace(other_fold, folds=4), 0.6, weights=True
+        ),
+        *make_results(kernel, tmp_path / "bare", kernel.replace(base, fold=2), 0.6),
+        *make_results(
+            kernel, tmp_path / "size", kernel.replace(base, image_size=(64, 96)), 0.6, weights=True
+        ),
+    ]
+    members = kernel.choose_members(own, earlier)
+    assert [run.folder.name for run in members] == ["own", "fits", "size"]
+
+
+def test_sessions_merge_into_one_table_beside_the_paper(kernel, tmp_path):
+    base = kernel.replace(kernel.SAMPLE, folds_to_run=(0, 1), encoder="efficientnetb0")
+    runs = make_results(kernel, tmp_path / "b0", base, 0.6)
+    runs += make_results(kernel, tmp_path / "b0-later", base, 0.9)  # the same runs again
+    third = kernel.replace(base, folds_to_run=(2,))
+    runs += make_results(kernel, tmp_path / "b0-third", third, 0.7)
+    runs += make_results(
+        kernel, tmp_path / "b7", kernel.replace(base, encoder="efficientnetb7"), 0.4
+    )
+    runs = kernel.without_repeats(runs)
+    table = kernel.make_table(runs, ["Dice"], {"efficientnetb0": (0.65, 0.66)}, kernel.PAPER_DICE)
+    assert len(table) == 7
+    ours = table.loc["efficientnetb0"]
+    assert ours["folds"] == "0, 1, 2"
+    assert ours["Dice"] == pytest.approx((0.6 + 0.61 + 0.7) / 3)
+    assert (ours["ours, private"], ours["ours, public"]) == (0.65, 0.66)
+    assert ours["paper, private"] == 0.6602
+    assert table.loc["efficientnetb7", "Dice"] == pytest.approx(0.405)
+    assert table.loc["efficientnetb7", "paper, private"] == ""
+    assert (table.loc["efficientnetb5", ["folds", "Dice", "ours, private"]] == "").all()
+    without_scores = kernel.make_table(runs, ["Dice, gated"], {})
+    assert (without_scores["ours, private"] == "").all()
+    assert without_scores.loc["efficientnetb7", "Dice, gated"] == pytest.approx(0.505)
+
+
+def test_probabilities_of_a_fold_s_classifiers_are_told_apart(
+    kernel, labels, sample, tmp_path, monkeypatch
+):
+    """Each run predicts the images that it held out, and only these."""
+    config = kernel.replace(kernel.SAMPLE, folds_to_run=(0, 1))
+    runs = kernel.list_runs(config, tmp_path)
+    folds = kernel.assign_folds(labels, config.folds, config.seed)
+    answers = {run.name: np.full(4, index / 10) for index, run in enumerate(runs)}
+
+    def predict(run, network, paths):
+        return np.tile(answers[run.name], (len(paths), 1))
+
+    monkeypatch.setattr(kernel, "predict_presence", predict)
+    tables = kernel.predict_held_out(runs, "classifier", labels, folds, sample / "train_images")
+    for fold, table in enumerate(tables):
+        assert list(table.index) == list(labels.index[folds == fold])
+        assert list(table.columns) == list(kernel.CLASSES)
+        assert (table == fold / 10).all().all()
+    assert isinstance(tables[0], pd.DataFrame)
