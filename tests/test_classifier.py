@@ -151,14 +151,26 @@ def test_grad_cam_finds_the_evidence(kernel):
     image[0, 1:3, 2:5, 0] = 255
     image[0, 2:5, 4:7, 1] = 255
     red, green = image[0, ..., 0] / 255, image[0, ..., 1] / 255
-    classifier = build_color_classifier()
+    heat = kernel.grad_cam(build_color_classifier(), np.concatenate([image, 0 * image])).numpy()
+    assert heat.shape == (2, 6, 8, 3) and not heat[1].any()
     for index, evidence in enumerate((2 * red, np.maximum(3 * green - red, 0), 0 * red)):
-        heat = kernel.grad_cam(classifier, image, index).numpy()
-        np.testing.assert_allclose(heat, evidence[None] / 48, atol=1e-7)
+        np.testing.assert_allclose(heat[0, ..., index], evidence / 48, atol=1e-7)
 
 
 def test_grad_cam_of_a_real_classifier_has_the_encoder_s_resolution(kernel, tiny):
     images = np.random.default_rng(0).integers(256, size=(2, 64, 96, 3), dtype=np.uint8)
-    heat = kernel.grad_cam(kernel.build_classifier(tiny), images, 1).numpy()
-    assert heat.shape == (2, 2, 3) and heat.dtype == np.float32
+    heat = kernel.grad_cam(kernel.build_classifier(tiny), images).numpy()
+    assert heat.shape == (2, 2, 3, 4) and heat.dtype == np.float32
     assert heat.min() >= 0 and heat.max() > 0
+
+
+def test_heat_is_shared_between_inside_and_outside(kernel):
+    masks = np.zeros((2, 4, 4, 4), np.uint8)
+    masks[0, :2, :, 0] = masks[0, :, 0, 1] = masks[0, :, :, 2] = 1
+    heat = np.ones((2, 4, 4, 4), np.float32)
+    heat[0, 2:, :, 0] = 3
+    heat[0, ..., 2] = 0
+    in_mask, in_image = kernel.share_heat(heat, masks)
+    np.testing.assert_allclose(in_mask[0], [1 / 4, 1 / 4, np.nan, np.nan])  # no heat, no mask
+    np.testing.assert_allclose(in_image[0], [1 / 2, 1 / 4, np.nan, np.nan])
+    assert np.isnan(in_mask[1]).all() and np.isnan(in_image[1]).all()

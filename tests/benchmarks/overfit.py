@@ -7,6 +7,7 @@ labellers leave out, an image's own masks cover, and how much another image's ma
 EfficientUNet is trained on all images without augmentation, up to a high training Dice.
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -35,23 +36,26 @@ def main(folder, epochs):
     """Print both proofs."""
     labels = KERNEL.read_labels(folder / "train.csv")
     paths = [folder / "train_images" / name for name in labels.index]
-    config = KERNEL.replace(KERNEL.SAMPLE, epochs=epochs, learning_rate=2e-3)
+    changes = {"encoder": "efficientnetb0", "epochs": epochs, "learning_rate": 2e-3}
+    config = KERNEL.replace(KERNEL.SAMPLE, **changes)
     own, other = cover_of_band(config, paths, labels, batches=50)
     print(f"black pixels under masks: own {own:.2%}, another image's {other:.2%}")
 
     config = KERNEL.replace(config, augmentation_probability=0.0)
     training = KERNEL.make_dataset(config, paths, labels, training=True)
     validation = KERNEL.make_dataset(config, paths, labels)
+    KERNEL.tf.keras.utils.set_random_seed(config.seed)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
-        steps = math.ceil(2 * len(paths) / config.batch_size)
-        model, history = KERNEL.train(config, training, validation, steps, Path(output))
+        data = training, validation, math.ceil(2 * len(paths) / config.batch_size)
+        model, loss = KERNEL.build_efficient_unet(config), KERNEL.make_loss(config)
+        path = Path(output) / "unet.weights.h5"
+        history = KERNEL.train(config, model, loss, data, epochs, path)
     seconds = time.perf_counter() - start
     print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")
-    rules = np.tile([128, 0], (len(KERNEL.CLASSES), 1))
-    predict = KERNEL.make_predictor(config, model)
-    areas, overlaps = KERNEL.count_validation(config, predict, paths, labels)
-    scores = KERNEL.apply_rules(areas, overlaps, rules)
+    predict = KERNEL.compile_function(config, functools.partial(KERNEL.find_maps, model))
+    _, (areas, overlaps) = KERNEL.count_validation([(config, predict)], paths, labels)
+    scores = KERNEL.apply_rules(areas, overlaps, KERNEL.PLAIN_RULES)
     for name, score in zip(KERNEL.CLASSES, scores.mean(axis=0)):
         print(f"{name:7} {score:.4f}")
     print(f"mean    {scores.mean():.4f}  training Dice of {len(paths)} images at threshold 0.5")
