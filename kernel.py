@@ -329,120 +329,6 @@ for field, value in dataclasses.asdict(config).items():
     print(f"{field:25} {value}")
 
 # %% [markdown]
-# ## List the runs
-#
-# A *run* trains the networks of one encoder with one fold held out. Six encoders and five folds do
-# not fit into one session, so each session leaves its weights and `results.json`. Attach the
-# outputs of earlier sessions as inputs: their runs enter the tables, and their networks the
-# predictions, if they were trained on the same split of the images.
-
-
-# %%
-MEASURES = ("baseline accuracy", "accuracy", "average precision", "Dice", "gated Dice")
-NETWORKS = ("classifier", "unet")  # whose weights an earlier run has to bring
-TITLE = "Understanding clouds with EfficientUNet"  # by which results.json is known as ours
-
-
-@dataclass(frozen=True)
-class Run:
-    """The networks of one encoder and one held-out fold."""
-
-    config: Config  # with this encoder and fold
-    folder: Path  # of the weights
-    results: dict  # of MEASURES, filled as they become known
-
-    @property
-    def name(self):
-        """Encoder and fold, for file names, tables and figures."""
-        return f"{name_encoder(self.config.encoder)}-fold{self.config.fold}"
-
-    def weights(self, network):
-        """The file of the weights of the "baseline", the "classifier" or the "unet"."""
-        return self.folder / f"{network}-{self.name}.weights.h5"
-
-
-def name_encoder(encoder):
-    """An encoder's name; coefficients of width and depth are turned into one."""
-    return encoder if isinstance(encoder, str) else "efficientnet-{}-{}".format(*encoder)
-
-
-def list_runs(config, output):
-    """A Run for each encoder and each held-out fold that the configuration names."""
-    encoders, held_out = config.encoders or (config.encoder,), config.folds_to_run or (config.fold,)
-    return [
-        Run(replace(config, encoder=encoder, encoders=(), fold=fold, folds_to_run=()), output, {})
-        for encoder, fold in itertools.product(encoders, held_out)
-    ]
-
-
-# %%
-def read_results(path):
-    """The runs that a `results.json` tells of, none if the file is not this notebook's.
-
-    Raises ValueError, which names the file, if it is, but has other fields.
-    """
-    try:
-        results = json.loads(path.read_text())
-    except ValueError:
-        return []
-    if not isinstance(results, dict) or results.get("notebook") != TITLE:
-        return []
-    try:
-        return [
-            Run(
-                Config(**to_tuples(run["config"])),
-                path.parent,
-                {measure: float(run["results"][measure]) for measure in MEASURES},
-            )
-            for run in results["runs"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is of another version of this notebook ({error}).") from None
-
-
-def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input")):
-    """The runs of earlier sessions, from the folders of CLOUDS_EARLIER, of `chosen` or of `mount`.
-
-    CLOUDS_EARLIER separates folders like PATH does. Raises FileNotFoundError for a folder without
-    results.json.
-    """
-    if listed := environment.get("CLOUDS_EARLIER"):
-        chosen = listed.split(os.pathsep)
-    paths = [Path(folder) / "results.json" for folder in chosen or ()]
-    if chosen is None:  # datasets and notebooks are mounted as */ or as datasets/owner/*/
-        paths = sorted([*mount.glob("*/results.json"), *mount.glob("*/*/*/results.json")])
-    if lacking := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"There is no {', no '.join(lacking)}.")
-    return [run for path in paths for run in read_results(path)]
-
-
-# %%
-def without_repeats(runs):
-    """The runs without those that have the encoder, image size and fold of one before them."""
-    return list({(run.name, run.config.image_size): run for run in reversed(runs)}.values())[::-1]
-
-
-def choose_members(runs, earlier):
-    """The runs whose networks predict together.
-
-    These are all of ours, and the earlier ones that have the same split of the images and brought
-    their weights.
-    """
-    split = runs[0].config.folds, runs[0].config.seed
-    fitting = [run for run in earlier if (run.config.folds, run.config.seed) == split]
-    weighed = [run for run in fitting if all(map(Path.is_file, map(run.weights, NETWORKS)))]
-    return without_repeats([*runs, *weighed])
-
-
-# %% tags=["nbval-ignore-output"]
-runs = list_runs(config, output)
-earlier = find_earlier(earlier_folders)
-members = choose_members(runs, earlier)
-print("Trained here:", ", ".join(run.name for run in runs))
-print("Earlier runs:", ", ".join(f"{run.name} in {run.folder}" for run in earlier) or "none")
-print("Predicting together:", ", ".join(run.name for run in members))
-
-# %% [markdown]
 # ## Encode and decode masks
 #
 # A mask is written as *run-length encoding*: pixels are numbered from 1 down the first column, then
@@ -610,6 +496,124 @@ co_occurrence.round(3)
 balance = present.groupby(folds).mean().round(3)
 balance.insert(0, "images", folds.value_counts().sort_index())
 balance
+
+# %% [markdown]
+# ## List the runs
+#
+# From here on, a *run* is the training of one encoder's networks with one fold held out. Six
+# encoders and five folds do not fit into one session, so each session leaves its weights and
+# `results.json`. Attach the outputs of earlier sessions as inputs: their runs enter the tables, and
+# their networks predict together with those trained here, if they held out the same images.
+
+
+# %%
+MEASURES = ("images", "baseline accuracy", "accuracy", "average precision", "Dice", "gated Dice")
+NETWORKS = ("classifier", "unet")  # whose weights an earlier run has to bring
+TITLE = "Understanding clouds with EfficientUNet"  # by which results.json is known as ours
+
+
+@dataclass(frozen=True)
+class Run:
+    """The networks of one encoder and one held-out fold."""
+
+    config: Config  # with this encoder and fold
+    folder: Path  # of the weights
+    results: dict  # MEASURES on its validation images, filled as they become known
+
+    @property
+    def name(self):
+        """Encoder and fold, for file names, tables and figures."""
+        return f"{name_encoder(self.config.encoder)}-fold{self.config.fold}"
+
+    def weights(self, network):
+        """The file of the weights of the "baseline", the "classifier" or the "unet"."""
+        return self.folder / f"{network}-{self.name}.weights.h5"
+
+
+def name_encoder(encoder):
+    """An encoder's name; coefficients of width and depth are turned into one."""
+    return encoder if isinstance(encoder, str) else "efficientnet-{}-{}".format(*encoder)
+
+
+def list_runs(config, output):
+    """A Run for each encoder and each held-out fold that the configuration names."""
+    encoders, held_out = config.encoders or (config.encoder,), config.folds_to_run or (config.fold,)
+    return [
+        Run(replace(config, encoder=encoder, encoders=(), fold=fold, folds_to_run=()), output, {})
+        for encoder, fold in itertools.product(encoders, held_out)
+    ]
+
+
+# %%
+def read_results(path):
+    """The runs that a `results.json` tells of, none if the file is not this notebook's.
+
+    Raises ValueError, which names the file, if it is, but has other fields.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except ValueError:
+        return []
+    if not isinstance(results, dict) or results.get("notebook") != TITLE:
+        return []
+    try:
+        return [
+            Run(
+                Config(**to_tuples(run["config"])),
+                path.parent,
+                {measure: float(run["results"][measure]) for measure in MEASURES},
+            )
+            for run in results["runs"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is of another version of this notebook ({error}).") from None
+
+
+def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input")):
+    """The runs of earlier sessions, from the folders of CLOUDS_EARLIER, of `chosen` or of `mount`.
+
+    CLOUDS_EARLIER separates folders like PATH does. Raises FileNotFoundError for a folder without
+    results.json.
+    """
+    if listed := environment.get("CLOUDS_EARLIER"):
+        chosen = listed.split(os.pathsep)
+    paths = [Path(folder) / "results.json" for folder in chosen or ()]
+    if chosen is None:  # datasets and notebooks are mounted as */ or as datasets/owner/*/
+        paths = sorted([*mount.glob("*/results.json"), *mount.glob("*/*/*/results.json")])
+    if lacking := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"There is no {', no '.join(lacking)}.")
+    return [run for path in paths for run in read_results(path)]
+
+
+# %%
+def without_repeats(runs):
+    """The runs without those that have the encoder, image size and fold of one before them."""
+    kept = {}
+    for run in runs:
+        kept.setdefault((run.name, run.config.image_size), run)
+    return list(kept.values())
+
+
+def choose_members(runs, earlier, folds):
+    """The runs whose networks predict together.
+
+    These are all of ours, and the earlier ones that brought their weights and held out as many
+    images as there are in the same fold of the same split here.
+    """
+    split = runs[0].config.folds, runs[0].config.seed
+    fitting = [run for run in earlier if (run.config.folds, run.config.seed) == split]
+    fitting = [run for run in fitting if run.results["images"] == (folds == run.config.fold).sum()]
+    weighed = [run for run in fitting if all(run.weights(name).is_file() for name in NETWORKS)]
+    return without_repeats([*runs, *weighed])
+
+
+# %% tags=["nbval-ignore-output"]
+runs = list_runs(config, output)
+earlier = find_earlier(earlier_folders)
+members = choose_members(runs, earlier, folds)
+print("Trained here:", ", ".join(run.name for run in runs))
+print("Earlier runs:", ", ".join(f"{run.name} in {run.folder}" for run in earlier) or "none")
+print("Predicting together:", ", ".join(run.name for run in members))
 
 # %% [markdown]
 # ## Look at the images
@@ -1276,6 +1280,7 @@ baselines = predict_held_out(runs, "baseline", *labelled)
 classifiers = predict_held_out(members, "classifier", *labelled)
 for run, baseline, found in zip(runs, baselines, classifiers):  # our runs lead the members
     truth = present.loc[found.index]
+    run.results["images"] = len(truth)
     for measure, table in (("baseline accuracy", baseline), ("accuracy", found)):
         run.results[measure] = measure_accuracy(truth, table, config.activation)
 pd.DataFrame({run.name: run.results for run in runs}).T.round(4)
@@ -1335,18 +1340,20 @@ description.round(3)
 # %%
 figure, panels = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained")
 for name, color, curve, reliability in zip(CLASSES, COLORS, *panels):
-    frequency, average, _, precision_there, recall_there, brier = description.loc[name]
+    frequency, average, least, precision_there, recall_there, brier = description.loc[name]
     reliability.plot([0, 1], [0, 1], ":", color="gray", label="calibrated")
     if frequency > 0:
         precision, recall, _ = precision_recall_curve(truth[name], held_out[name])
         curve.fill_between(recall, precision, step="pre", alpha=0.3, color=color)
         curve.step(recall, precision, where="pre", color=color)
         curve.axhline(frequency, linestyle=":", color="gray", label="frequency")
-        at_recall = f"precision {precision_there:.2f} at recall {config.gate_recall:.2f}"
-        curve.plot(config.gate_recall, precision_there, "kv", label=at_recall)
+        chosen = (
+            f"precision {precision_there:.2f}, recall {config.gate_recall:.2f} from p = {least:.2f}"
+        )
+        curve.plot(config.gate_recall, precision_there, "kv", label=chosen)
         if recall_there > 0:
-            at_precision = f"recall {recall_there:.2f} at precision {QUOTED_PRECISION:.2f}"
-            curve.plot(recall_there, QUOTED_PRECISION, "k>", label=at_precision)
+            precise = f"precision {QUOTED_PRECISION:.2f}, recall {recall_there:.2f}"
+            curve.plot(recall_there, QUOTED_PRECISION, "k>", label=precise)
         bins = int(np.clip(len(truth) // 10, 2, 10))  # with ten images or more in each
         pair = truth[name], held_out[name]
         shares, means = calibration_curve(*pair, n_bins=bins, strategy="quantile")
@@ -1416,12 +1423,13 @@ pd.DataFrame({"heat in the mask": in_mask.mean(), "mask in the image": in_image.
 # %%
 figure, panels = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
 for index, (name, (above, below)) in enumerate(zip(CLASSES, panels.T)):
-    image_name = rows.index[(rows[name] != "").argmax()]  # the first with the class, if any has it
+    image_name = rows.index[(rows[name] != "").argmax()]  # the first with the class
     rles = rows.loc[image_name]
     image, masks = load_example(cam_config, train_folder / image_name, rles)
     heat = tf.image.resize(grad_cam(classifier, image[None])[0], image.shape[:2])[..., index]
     only = masks * (np.arange(len(CLASSES)) == index)
-    outline(above, image, only, f"{name}: {image_name}")
+    absent = "" if only.any() else ", where it is absent"  # if no image has the class
+    outline(above, image, only, f"{name}: {image_name}{absent}")
     outline(below, image, only, "Grad-CAM")
     below.imshow(heat, cmap="inferno", alpha=0.6)
 figure.savefig(output / "grad_cam.png")
@@ -1841,7 +1849,7 @@ PAPER_DICE = pd.DataFrame(
 
 
 def summarise_runs(runs):
-    """The mean MEASURES of each encoder and image size, and the folds they come from."""
+    """The mean MEASURES of each encoder and image size, its folds and the sum of their images."""
     rows = [
         {
             "encoder": name_encoder(run.config.encoder),
@@ -1853,7 +1861,8 @@ def summarise_runs(runs):
     ]
     groups = pd.DataFrame(rows).groupby(["encoder", "image size"])
     folds = groups["fold"].agg(lambda fold: ", ".join(map(str, sorted(fold)))).rename("folds")
-    return pd.concat([folds, groups[list(MEASURES)].mean()], axis=1)
+    images = groups["images"].sum().astype(int)
+    return pd.concat([folds, images, groups[list(MEASURES[1:])].mean()], axis=1)
 
 
 def make_table(runs, measure, leaderboard, paper=None):
@@ -1862,7 +1871,7 @@ def make_table(runs, measure, leaderboard, paper=None):
     `leaderboard` has our private and public score by encoder and image size, `paper` is a DataFrame
     by encoder.
     """
-    table = summarise_runs(runs)[["folds", measure]]
+    table = summarise_runs(runs)[["folds", "images", measure]]
     ours = [leaderboard.get(key, (np.nan, np.nan)) for key in table.index]
     table[["ours, private", "ours, public"]] = ours
     table = table.reset_index("image size")
@@ -1877,7 +1886,7 @@ def make_table(runs, measure, leaderboard, paper=None):
 # %% tags=["nbval-ignore-output"]
 everything = without_repeats([*runs, *earlier])
 classified = summarise_runs(everything).reset_index("image size", drop=True)
-classified[["folds", *MEASURES[:3]]].round(4)
+classified[["folds", *MEASURES[:4]]].round(4)
 
 # %% [markdown]
 # Table II, the Dice coefficient of EfficientUNet's masks where the classifier is the gate:

@@ -13,8 +13,8 @@ def make_results(kernel, folder, config, dice, weights=False):
     folder.mkdir(parents=True)
     runs = kernel.list_runs(config, folder)
     for number, run in enumerate(runs):
-        values = np.array([0.5, 0.75, 0.7, dice, dice + 0.1]) + number / 100
-        run.results.update(zip(kernel.MEASURES, values.tolist()))
+        values = [3, *np.array([0.5, 0.75, 0.7, dice, dice + 0.1]) + number / 100]
+        run.results.update(zip(kernel.MEASURES, map(float, values)))
         if weights:
             for network in kernel.NETWORKS:
                 run.weights(network).touch()
@@ -101,8 +101,22 @@ def test_networks_predict_together_only_on_the_same_split_and_with_weights(kerne
             kernel, tmp_path / "size", kernel.replace(base, image_size=(64, 96)), 0.6, weights=True
         ),
     ]
-    members = kernel.choose_members(own, earlier)
+    folds = pd.Series(np.arange(15) % 5)  # three images in each
+    members = kernel.choose_members(own, earlier, folds)
     assert [run.folder.name for run in members] == ["own", "fits", "size"]
+    other_images = pd.Series(np.arange(20) % 5)
+    members = kernel.choose_members(own, earlier, other_images)
+    assert [run.folder.name for run in members] == ["own"]
+
+
+def test_of_repeated_runs_the_first_stays_in_its_place(kernel, tmp_path):
+    base = kernel.replace(kernel.SAMPLE, folds_to_run=())
+    sizes = [(64, 96), (128, 192), (64, 96), (32, 64), (128, 192)]
+    runs = [
+        kernel.list_runs(kernel.replace(base, image_size=size), tmp_path / str(place))[0]
+        for place, size in enumerate(sizes)
+    ]
+    assert [run.folder.name for run in kernel.without_repeats(runs)] == ["0", "1", "3"]
 
 
 def test_sessions_merge_into_one_table_beside_the_paper(kernel, tmp_path):
@@ -119,7 +133,7 @@ def test_sessions_merge_into_one_table_beside_the_paper(kernel, tmp_path):
     table = kernel.make_table(runs, "Dice", scores, kernel.PAPER_DICE)
     assert len(table) == 7
     ours = table.loc["efficientnetb0"]
-    assert ours["folds"] == "0, 1, 2"
+    assert (ours["folds"], ours["images"]) == ("0, 1, 2", 9)
     assert ours["Dice"] == round((0.6 + 0.61 + 0.7) / 3, 4)
     assert (ours["ours, private"], ours["ours, public"]) == (0.65, 0.66)
     assert ours["paper, private"] == 0.6602
