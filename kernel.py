@@ -1283,7 +1283,7 @@ for run, baseline, found in zip(runs, baselines, classifiers):  # our runs lead 
     run.results["images"] = len(truth)
     for measure, table in (("baseline accuracy", baseline), ("accuracy", found)):
         run.results[measure] = measure_accuracy(truth, table, config.activation)
-pd.DataFrame({run.name: run.results for run in runs}).T.round(4)
+pd.DataFrame({run.name: run.results for run in runs}).T[["baseline accuracy", "accuracy"]].round(4)
 
 # %% [markdown]
 # What follows looks at all validation images, each as the classifiers see it that were not trained
@@ -1341,18 +1341,17 @@ description.round(3)
 figure, panels = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained")
 for name, color, curve, reliability in zip(CLASSES, COLORS, *panels):
     frequency, average, least, precision_there, recall_there, brier = description.loc[name]
+    curve.axhline(frequency, linestyle=":", color="gray", label="frequency")
     reliability.plot([0, 1], [0, 1], ":", color="gray", label="calibrated")
     if frequency > 0:
         precision, recall, _ = precision_recall_curve(truth[name], held_out[name])
         curve.fill_between(recall, precision, step="pre", alpha=0.3, color=color)
         curve.step(recall, precision, where="pre", color=color)
-        curve.axhline(frequency, linestyle=":", color="gray", label="frequency")
-        chosen = (
-            f"precision {precision_there:.2f}, recall {config.gate_recall:.2f} from p = {least:.2f}"
-        )
+        chosen = f"precision {precision_there:.2f} at recall {config.gate_recall:.2f}"
+        chosen += f"\n(threshold {least:.2f})"
         curve.plot(config.gate_recall, precision_there, "kv", label=chosen)
         if recall_there > 0:
-            precise = f"precision {QUOTED_PRECISION:.2f}, recall {recall_there:.2f}"
+            precise = f"precision {QUOTED_PRECISION:.2f} at recall {recall_there:.2f}"
             curve.plot(recall_there, QUOTED_PRECISION, "k>", label=precise)
         bins = int(np.clip(len(truth) // 10, 2, 10))  # with ten images or more in each
         pair = truth[name], held_out[name]
@@ -1848,8 +1847,9 @@ PAPER_DICE = pd.DataFrame(
 ).T
 
 
+# %%
 def summarise_runs(runs):
-    """The mean MEASURES of each encoder and image size, its folds and the sum of their images."""
+    """The mean MEASURES of each encoder and image size, and what they were validated on."""
     rows = [
         {
             "encoder": name_encoder(run.config.encoder),
@@ -1860,9 +1860,10 @@ def summarise_runs(runs):
         for run in runs
     ]
     groups = pd.DataFrame(rows).groupby(["encoder", "image size"])
-    folds = groups["fold"].agg(lambda fold: ", ".join(map(str, sorted(fold)))).rename("folds")
-    images = groups["images"].sum().astype(int)
-    return pd.concat([folds, images, groups[list(MEASURES[1:])].mean()], axis=1)
+    folds = groups["fold"].agg(lambda fold: ", ".join(map(str, sorted(fold))))
+    images = groups["images"].sum().astype(int).astype(str)
+    validated = ("fold " + folds + ": " + images + " images").rename("validated on")
+    return pd.concat([validated, groups[list(MEASURES[1:])].mean()], axis=1)
 
 
 def make_table(runs, measure, leaderboard, paper=None):
@@ -1871,7 +1872,7 @@ def make_table(runs, measure, leaderboard, paper=None):
     `leaderboard` has our private and public score by encoder and image size, `paper` is a DataFrame
     by encoder.
     """
-    table = summarise_runs(runs)[["folds", "images", measure]]
+    table = summarise_runs(runs)[["validated on", measure]]
     ours = [leaderboard.get(key, (np.nan, np.nan)) for key in table.index]
     table[["ours, private", "ours, public"]] = ours
     table = table.reset_index("image size")
@@ -1886,7 +1887,7 @@ def make_table(runs, measure, leaderboard, paper=None):
 # %% tags=["nbval-ignore-output"]
 everything = without_repeats([*runs, *earlier])
 classified = summarise_runs(everything).reset_index("image size", drop=True)
-classified[["folds", *MEASURES[:4]]].round(4)
+classified[["validated on", *MEASURES[1:4]]].round(4)
 
 # %% [markdown]
 # Table II, the Dice coefficient of EfficientUNet's masks where the classifier is the gate:

@@ -133,13 +133,13 @@ def test_sessions_merge_into_one_table_beside_the_paper(kernel, tmp_path):
     table = kernel.make_table(runs, "Dice", scores, kernel.PAPER_DICE)
     assert len(table) == 7
     ours = table.loc["efficientnetb0"]
-    assert (ours["folds"], ours["images"]) == ("0, 1, 2", 9)
+    assert ours["validated on"] == "fold 0, 1, 2: 9 images"
     assert ours["Dice"] == round((0.6 + 0.61 + 0.7) / 3, 4)
     assert (ours["ours, private"], ours["ours, public"]) == (0.65, 0.66)
     assert ours["paper, private"] == 0.6602
     assert table.loc["efficientnetb7", "Dice"] == pytest.approx(0.405)
     assert table.loc["efficientnetb7", "paper, private"] == ""
-    assert (table.loc["efficientnetb5", ["folds", "Dice", "ours, private"]] == "").all()
+    assert (table.loc["efficientnetb5", ["validated on", "Dice", "ours, private"]] == "").all()
     without_scores = kernel.make_table(runs, "gated Dice", {})
     assert (without_scores["ours, private"] == "").all()
     assert without_scores.loc["efficientnetb7", "gated Dice"] == pytest.approx(0.505)
