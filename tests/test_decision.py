@@ -40,38 +40,45 @@ def small_areas(kernel, monkeypatch):
     return kernel.MINIMUM_AREAS
 
 
-def score_slowly(kernel, maps, masks, rules):
-    """The Dice of each image and class under the rules, mask by mask."""
-    open_gates = np.ones(4), np.asarray(rules), np.zeros(4)
-    predicted = np.stack([kernel.make_masks(image, *open_gates) for image in maps])
+def score_slowly(kernel, maps, masks, decisions):
+    """The Dice of each image and class under decisions, mask by mask."""
     scores = np.empty((len(maps), 4))
     for image, index in np.ndindex(*scores.shape):
-        truth, mask = masks[image, ..., index], predicted[image, ..., index]
+        truth, mask = masks[image, ..., index], maps[image, ..., index] >= decisions[image, index]
         total = truth.sum() + mask.sum()
         scores[image, index] = 2 * (truth * mask).sum() / total if total else 1
     return scores
 
 
-def test_every_rule_scores_as_by_brute_force(kernel, small_areas):
+@given(seed=st.integers(0, 1000), count=st.integers(1, 8))
+def test_decisions_score_as_by_brute_force(kernel, seed, count):
+    maps, masks = draw_maps(seed, count)
+    decisions = np.random.default_rng(seed).integers(257, size=(count, 4))
+    decisions[0] = [0, 255, kernel.EMPTY, 1]
+    found = kernel.score_decisions(*count_all(kernel, maps, masks), decisions)
+    np.testing.assert_allclose(found, score_slowly(kernel, maps, masks, decisions))
+
+
+def test_every_threshold_and_area_scores_as_by_brute_force(kernel, small_areas):
     maps, masks = draw_maps(1)
     areas, overlaps = count_all(kernel, maps, masks)
     for index in range(4):
         scores = kernel.score_rules(areas[:, index], overlaps[:, index])
         assert scores.shape == (4, 256)
         for row, threshold in itertools.product(range(4), range(0, 256, 5)):
-            rules = np.tile([threshold, small_areas[row]], (4, 1))
-            expected = score_slowly(kernel, maps, masks, rules)[:, index].mean()
+            large = areas[:, :, threshold] >= small_areas[row]
+            decisions = np.where(large, threshold, kernel.EMPTY)
+            expected = score_slowly(kernel, maps, masks, decisions)[:, index].mean()
             assert scores[row, threshold] == pytest.approx(expected, abs=1e-12)
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 8))
-def test_tuned_rules_are_the_optimum_and_score_what_they_say(kernel, seed, count):
+def test_tuned_threshold_and_area_are_the_optimum_and_score_what_they_say(kernel, seed, count):
     maps, masks = draw_maps(seed, count)
     areas, overlaps = count_all(kernel, maps, masks)
-    rules = kernel.tune_rules(areas, overlaps)
-    found = kernel.apply_rules(areas, overlaps, rules)
-    np.testing.assert_allclose(found, score_slowly(kernel, maps, masks, rules))
-    assert rules[:, 0].min() >= 1
+    decide = kernel.use_area(kernel.SAMPLE, areas, overlaps, None)
+    found = score_slowly(kernel, maps, masks, decide(areas, None))
+    assert kernel.tune_rules(areas, overlaps)[:, 0].min() >= 1
     for index in range(4):
         scores = kernel.score_rules(areas[:, index], overlaps[:, index])[:, 1:]
         assert found[:, index].mean() == pytest.approx(scores.max())
@@ -87,34 +94,131 @@ def test_among_equal_rules_the_one_nearest_to_one_half_wins(kernel):
     assert rules[3, 0] == 128 and rules[3, 1] > 100 * 525
 
 
-def test_every_way_to_decide_is_scored_on_the_other_half(kernel):
-    """Each way's masks, made image by image, against the Dice coefficient of whole masks."""
-    maps, masks = draw_maps(3, count=9)
-    presence = np.random.default_rng(4).random((9, 4))
-    found = kernel.cross_validate(*count_all(kernel, maps, masks), presence, recall=0.7, seed=5)
-    order = np.random.default_rng(5).permutation(9)
-    for chosen, scored in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        rules = kernel.tune_rules(*count_all(kernel, maps[chosen], masks[chosen]))
-        truth = masks[chosen].any(axis=(1, 2))
-        gates = kernel.choose_gates(truth, presence[chosen], 0.7)
-        for image in scored:
-            there, ones, no_gates = masks[image].any(axis=(0, 1)), np.ones(4), np.zeros(4)
-            through = presence[image] >= gates
-            full = np.ones(maps[image].shape, bool)
-            expected = {
-                "all masks empty": ~full,
-                "whole image where the class is present": full & there,
-                "whole image where the gate lets through": full & through,
-                "threshold 0.5": maps[image] >= 128,
-                "tuned": kernel.make_masks(maps[image], ones, rules, no_gates),
-                "tuned, gated": kernel.make_masks(maps[image], presence[image], rules, gates),
-            }
-            assert found.keys() == expected.keys()
-            for way, predicted in expected.items():
-                scores = kernel.dice(
-                    np.moveaxis(masks[image], -1, 0), np.moveaxis(predicted, -1, 0)
-                )
-                np.testing.assert_allclose(found[way][image], scores, err_msg=way)
+def test_quadruple_is_the_optimum_of_brute_force(kernel, monkeypatch):
+    """Two hundred maps, each combination of the grid scored image by image."""
+    monkeypatch.setattr(kernel, "MINIMUM_AREAS", np.arange(0, 60, 6))
+    monkeypatch.setattr(kernel, "HIGH_THRESHOLDS", np.array([40, 120, 180]))
+    maps, masks = draw_maps(7, count=200)
+    areas, overlaps = (counts[:, 0] for counts in count_all(kernel, maps, masks))
+    truth = overlaps[:, 0] > 0
+    presence = np.clip(np.random.default_rng(0).normal(0.4 + 0.2 * truth, 0.2), 0, 1)
+    high, least, low, gate, score = kernel.tune_quadruple(areas, overlaps, presence)
+    gates = [0, *np.quantile(presence, np.arange(1, 20) / 20)]
+    predicted = kernel.divide_dice(overlaps, areas + overlaps[:, :1])
+    best = -1
+    for high_, least_, gate_ in itertools.product([40, 120, 180], range(0, 60, 18), gates):
+        passes = (areas[:, high_] >= least_) & (presence >= gate_)
+        scores = np.where(passes[:, None], predicted[:, 1:], ~truth[:, None]).mean(axis=0)
+        best = max(best, scores.max())
+    assert score == pytest.approx(best, abs=1e-12)
+    passes = (areas[:, high] >= least) & (presence >= gate)
+    found = np.where(passes, predicted[:, low], ~truth).mean()
+    assert found == pytest.approx(score, abs=1e-12)
+
+
+def test_expected_dice_is_the_mean_over_drawn_truths(kernel):
+    """Pixels are true independently with the probability of their value.
+
+    For independent pixels the Dice's numerator and denominator fluctuate by about the root of their
+    size, so that the ratio of the means differs from the mean of the ratio by about 1 / area; 1e-3
+    for these 5,000 pixels, besides the error of the mean over 300 draws.
+    """
+    random = np.random.default_rng(3)
+    values = random.integers(256, size=5000)
+    probabilities = (np.arange(256) / 300) ** 2
+    areas = kernel.count_reaching(values.astype(np.uint8))[None]
+    expected = kernel.expect_dice(areas, probabilities)[0]
+    truths = random.random((300, 5000)) < probabilities[values]
+    for threshold in (1, 60, 128, 200, 250):
+        mask = values >= threshold
+        scores = kernel.dice(truths[:, None], np.broadcast_to(mask, (300, 1, 5000)))
+        error = scores.std() / np.sqrt(300)
+        assert abs(scores.mean() - expected[threshold]) <= 1e-3 + 4 * error
+
+
+def draw_calibrated(kernel, seed, count=300, size=(30, 40)):
+    """Counts and probabilities of presence in which the calibration is known.
+
+    A present class has a bright block whose pixels of value v are true with probability v / 255; an
+    absent one has a darker block.
+    """
+    random = np.random.default_rng(seed)
+    truth = random.random((count, 4)) < 0.5
+    truth[:, 0] |= ~truth.any(axis=1)
+    maps = random.integers(0, 60, size=(count, *size, 4), dtype=np.uint8)
+    bright = random.integers(60, 256, size=(count, 15, 20, 4))
+    maps[:, :15, :20] = np.where(truth[:, None, None], bright, bright // 2)
+    masks = (random.random(maps.shape) < maps / 255) & truth[:, None, None]
+    presence = np.clip(random.normal(0.35 + 0.3 * truth, 0.2), 0.01, 0.99)
+    return *count_all(kernel, maps, masks), presence, truth
+
+
+def test_calibration_finds_the_probabilities_that_were_drawn(kernel):
+    areas, overlaps, presence, truth = draw_calibrated(kernel, 0)
+    judge, pixels = kernel.calibrate(areas[:, 0], overlaps[:, 0], presence[:, 0])
+    # About 230 pixels of each value, so that a share deviates by .033 or less.
+    np.testing.assert_allclose(pixels, np.arange(256) / 255, atol=0.06)
+    assert (np.diff(pixels) >= 0).all()
+    there = judge.predict_proba(kernel.describe_maps(areas[:, 0], presence[:, 0]))[:, 1]
+    assert there.mean() == pytest.approx(truth[:, 0].mean(), abs=0.02)
+    assert there[truth[:, 0]].min() > there[~truth[:, 0]].max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expectation_beats_threshold_and_area_where_it_is_calibrated(kernel, seed):
+    areas, overlaps, presence, _ = draw_calibrated(kernel, seed)
+    decisions = kernel.cross_validate(kernel.SAMPLE, kernel.WAYS, areas, overlaps, presence)
+    scores = {way: kernel.score_decisions(areas, overlaps, x) for way, x in decisions.items()}
+    assert scores["expected Dice"].mean() >= scores["threshold and area"].mean()
+
+
+def test_expectation_predicts_at_least_one_class(kernel):
+    areas, overlaps, presence, _ = draw_calibrated(kernel, 1)
+    decide = kernel.use_expectation(kernel.SAMPLE, areas, overlaps, presence)
+    hopeless = np.zeros_like(areas)
+    hopeless[..., 0] = areas[..., 0]  # maps of zeros
+    decisions = decide(hopeless, np.full(presence.shape, 0.01))
+    assert ((decisions < kernel.EMPTY).sum(axis=1) == 1).all()
+    assert (decide(areas, presence) < kernel.EMPTY).any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    "kind", ["zeros", "constant", "absent class", "present class", "two images"]
+)
+def test_every_way_works_on_degenerate_maps(kernel, kind):
+    maps, masks = draw_maps(5, count=2 if kind == "two images" else 6)
+    if kind in ("zeros", "constant"):
+        maps[:] = 0 if kind == "zeros" else 128
+    elif kind != "two images":
+        masks[..., 0] = kind == "present class"
+    presence = np.random.default_rng(6).random((len(maps), 4))
+    areas, overlaps = count_all(kernel, maps, masks)
+    decisions = kernel.cross_validate(kernel.SAMPLE, kernel.WAYS, areas, overlaps, presence)
+    for decided in decisions.values():
+        assert decided.shape == presence.shape and decided.min() >= 1 and decided.max() <= 256
+        assert np.isfinite(kernel.score_decisions(areas, overlaps, decided)).all()
+
+
+@pytest.mark.parametrize("way", ["threshold and area, gated", "expected Dice"])
+def test_rules_do_not_depend_on_the_order_of_the_images(kernel, way):
+    areas, overlaps, presence, _ = draw_calibrated(kernel, 2, count=40)
+    order = np.random.default_rng(0).permutation(40)
+    first = kernel.WAYS[way](kernel.SAMPLE, areas, overlaps, presence)
+    second = kernel.WAYS[way](kernel.SAMPLE, areas[order], overlaps[order], presence[order])
+    np.testing.assert_array_equal(first(areas, presence), second(areas, presence))
+
+
+def test_decisions_come_from_rules_that_learned_on_other_images(kernel, monkeypatch):
+    """A way that remembers what it saw: every image is decided once, by what has not seen it."""
+    presence = np.tile(np.arange(23.0)[:, None], (1, 4))
+    areas = np.zeros((23, 4, 256), int)
+
+    def remember(config, areas, overlaps, seen):
+        return lambda areas, presence: np.where(np.isin(presence, seen), 1, 2)
+
+    monkeypatch.setitem(kernel.WAYS, "remember", remember)
+    decisions = kernel.cross_validate(kernel.SAMPLE, ["remember"], areas, areas, presence)
+    assert (decisions["remember"] == 2).all()
 
 
 @given(seed=st.integers(0, 1000), recall=st.floats(0.05, 1))
@@ -128,10 +232,45 @@ def test_gates_let_enough_images_through_and_no_more(kernel, seed, recall):
         assert (probability[present] > gate).mean() < recall
 
 
-def test_a_single_validation_image_cannot_be_halved(kernel):
+def test_a_gate_empties_what_threshold_and_area_would_predict(kernel):
+    areas, overlaps, presence, _ = draw_calibrated(kernel, 3, count=40)
+    plain = kernel.use_area(kernel.SAMPLE, areas, overlaps, presence)(areas, presence)
+    gated = kernel.use_gate(kernel.SAMPLE, areas, overlaps, presence)(areas, presence)
+    gates = kernel.choose_gates(overlaps[..., 0] > 0, presence, kernel.SAMPLE.gate_recall)
+    np.testing.assert_array_equal(gated, np.where(presence >= gates, plain, kernel.EMPTY))
+    assert (gated != plain).any()
+
+
+def test_way_is_the_configured_one_or_surely_the_best(kernel):
+    random = np.random.default_rng(0)
+    scores = {way: random.random((50, 4)) * 0.1 for way in kernel.WAYS}
+    scores["threshold and area"] += 0.5
+    assert kernel.choose_way(kernel.BEST, scores) == "threshold and area"
+    few = {way: score[:10] for way, score in scores.items()}
+    assert kernel.choose_way(kernel.BEST, few) == "expected Dice"
+    scores["expected Dice"] = scores["threshold and area"] + random.normal(0, 0.3, (50, 4))
+    assert kernel.choose_way(kernel.BEST, scores) == "expected Dice"
+    assert kernel.choose_way(kernel.PAPER, scores) == "threshold and area"
+
+
+def test_gains_come_with_an_interval(kernel):
+    random = np.random.default_rng(1)
+    base = random.random((400, 4))
+    noise = random.normal(0.1, 0.2, (400, 1))
+    table = kernel.compare_ways({"a": base, "b": base + noise}, seed=0)
+    assert np.isnan(table.loc["a", "gain"])
+    assert table.loc["b", "gain"] == pytest.approx(noise.mean())
+    error = 1.96 * noise.std() / 20
+    assert table.loc["b", "from"] == pytest.approx(noise.mean() - error, abs=0.003)
+    assert table.loc["b", "to"] == pytest.approx(noise.mean() + error, abs=0.003)
+    assert table.loc["b", "mean"] == pytest.approx(base.mean() + noise.mean())
+
+
+def test_a_single_validation_image_teaches_nothing(kernel):
     maps, masks = draw_maps(0, count=1)
+    counts = count_all(kernel, maps, masks)
     with pytest.raises(ValueError, match="a single validation image"):
-        kernel.cross_validate(*count_all(kernel, maps, masks), np.ones((1, 4)), 0.94, seed=0)
+        kernel.cross_validate(kernel.SAMPLE, kernel.WAYS, *counts, np.ones((1, 4)))
 
 
 def test_band_is_found_and_dark_sea_is_not(kernel):
@@ -163,7 +302,7 @@ def test_maps_of_every_image_are_bytes_at_the_submission_s_size(
     background = [tf.ones_like(red)] * (channels - 4)
     model = tf.keras.Model(images, tf.concat([*background, *classes], axis=-1))
     config = kernel.replace(tiny, activation=activation, batch_size=5)
-    predict = kernel.compile_function(config, functools.partial(kernel.find_maps, model))
+    predict = kernel.compile_function(config, functools.partial(kernel.find_maps, model, False))
     found = list(kernel.predict_maps(config, predict, paths))
     assert len(found) == len(paths) == 12  # 5 + 5 + 2
     for path, maps in zip(paths, found):
@@ -177,19 +316,38 @@ def test_maps_of_every_image_are_bytes_at_the_submission_s_size(
             assert np.abs(error).max() <= 0.51
 
 
-def test_masks_below_the_minimum_area_are_dropped(kernel):
-    maps = np.zeros((10, 10, 4), np.uint8)
-    maps[:2] = 200
-    rules = np.array([[128, 20], [128, 21], [200, 0], [201, 0]])
-    masks = kernel.make_masks(maps, np.ones(4), rules, np.zeros(4))
-    assert masks.sum(axis=(0, 1)).tolist() == [20, 0, 20, 0]
+def test_flips_are_turned_back_and_averaged(kernel):
+    """A network whose probability is the brightness, times how far right and how far down it is."""
+    images = np.zeros((2, 350, 525, 3), np.uint8)
+    images[0, 20:80, 30:90] = images[1, 200:300, 400:500] = 255
+    down, right = np.linspace(0, 1, 350)[:, None], np.linspace(0, 1, 525)[None]
+
+    def unet(images, training):
+        brightness = tf.cast(images[..., 0], tf.float32) / 255
+        return tf.stack([brightness, brightness * right, brightness * down, brightness], axis=-1)
+
+    bright = images[..., 0] / 255
+    plain = kernel.find_maps(unet, False, tf.constant(images)).numpy()
+    np.testing.assert_allclose(plain[..., 1], 255 * bright * right, atol=0.51)
+    flipped = kernel.find_maps(unet, True, tf.constant(images)).numpy()
+    np.testing.assert_allclose(flipped[..., 0], 255 * bright, atol=0.51)
+    for index in (1, 2):  # each place is as often on one side as on the other
+        np.testing.assert_allclose(flipped[..., index], 127.5 * bright, atol=0.51)
 
 
-def test_masks_of_absent_classes_are_dropped(kernel):
-    maps = np.full((10, 10, 4), 200, np.uint8)
-    presence, gates = np.array([0.2, 0.3, 0.4, 0.0]), np.array([0.3, 0.3, 0.3, 0.0])
-    masks = kernel.make_masks(maps, presence, kernel.PLAIN_RULES, gates)
-    assert masks.any(axis=(0, 1)).tolist() == [False, True, True, True]
+def test_masks_are_those_of_the_decided_thresholds(kernel):
+    maps = np.random.default_rng(0).integers(256, size=(30, 40, 4), dtype=np.uint8)
+    presence = np.arange(4) / 4
+
+    def decide(areas, presence):
+        assert presence.tolist() == [[0, 0.25, 0.5, 0.75]] and areas.shape == (1, 4, 256)
+        np.testing.assert_array_equal(areas[0], kernel.count_pixels(maps, maps)[0])
+        return np.array([[10, 255, kernel.EMPTY, 0]])
+
+    masks = kernel.make_masks(maps, presence, decide)
+    assert masks.dtype == bool and masks[..., 3].all() and not masks[..., 2].any()
+    np.testing.assert_array_equal(masks[..., 0], maps[..., 0] >= 10)
+    np.testing.assert_array_equal(masks[..., 1], maps[..., 1] == 255)
 
 
 def test_maps_of_several_networks_are_averaged_image_by_image(kernel, tiny, paths):

@@ -198,6 +198,6 @@ def test_paper_trains_and_predicts(kernel, labels, paths, sample, tmp_path):
     assert np.isfinite(history.to_numpy()).all()
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     unet = kernel.load_network(run, "unet")
-    predict = kernel.compile_function(config, functools.partial(kernel.find_maps, unet))
+    predict = kernel.compile_function(config, functools.partial(kernel.find_maps, unet, True))
     maps = list(kernel.predict_maps(config, predict, paths[8:]))
     assert len(maps) == 4 and maps[0].shape == (350, 525, 4)

@@ -65,7 +65,8 @@ def test_predictions_are_encoded_under_their_names(kernel, tiny, sample, monkeyp
         maps[image, 10 * image : 10 * image + 50, 20 * index : 20 * index + 60, index] = 255
     monkeypatch.setattr(kernel, "predict_maps", lambda config, predict, paths: iter(maps))
     presence = np.ones((len(paths), 4))
-    rles = kernel.predict_rles([(tiny, None)], paths, presence, kernel.PLAIN_RULES, np.zeros(4))
+    decide = kernel.use_half(tiny, None, None, None)
+    rles = kernel.predict_rles([(tiny, None)], paths, presence, decide)
     assert len(rles) == 4 * len(paths)
     for image, path in enumerate(paths):
         for index, name in enumerate(kernel.CLASSES):

@@ -53,9 +53,10 @@ def main(folder, epochs):
         history = KERNEL.train(config, model, loss, data, epochs, path)
     seconds = time.perf_counter() - start
     print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")
-    predict = KERNEL.compile_function(config, functools.partial(KERNEL.find_maps, model))
+    predict = KERNEL.compile_function(config, functools.partial(KERNEL.find_maps, model, False))
     _, (areas, overlaps) = KERNEL.count_validation([(config, predict)], paths, labels)
-    scores = KERNEL.apply_rules(areas, overlaps, KERNEL.PLAIN_RULES)
+    decisions = np.full(areas.shape[:2], 128)
+    scores = KERNEL.score_decisions(areas, overlaps, decisions)
     for name, score in zip(KERNEL.CLASSES, scores.mean(axis=0)):
         print(f"{name:7} {score:.4f}")
     print(f"mean    {scores.mean():.4f}  training Dice of {len(paths)} images at threshold 0.5")
