@@ -29,7 +29,7 @@
 # 3. train EfficientNets, with rectified Adam, to tell which patterns a picture holds, and see what
 #    they look at;
 # 4. train EfficientUNet, a U-Net whose encoder is an EfficientNet, to tell where the patterns are;
-# 5. compare five ways to turn their probabilities into masks, from a threshold of one half to the
+# 5. compare six ways to turn their probabilities into masks, from a threshold of one half to the
 #    mask of the highest expected score;
 # 6. predict the test pictures at a quarter of their size, and check the file before it is handed
 #    in;
@@ -218,7 +218,7 @@ BEST = replace(
     activation="sigmoid",  # 60 % of the images have pixels of several classes, softmax allows one
     precision="mixed_float16",  # halves the memory of a step, 12 GB in float32
     flips=True,  # a cloud pattern has no handedness; four times the time of a prediction
-    decision="best",  # the paper's way is one of five that are compared
+    decision="best",  # the paper's way is one of six that are compared
 )
 SAMPLE = replace(
     BEST,
@@ -1547,35 +1547,80 @@ def predict_together(predictors, paths):
 
 
 # %%
-def count_reaching(values):
-    """How many of some bytes are at least 0, 1, ..., 255: int (256)."""
-    return np.bincount(values.ravel(), minlength=256)[::-1].cumsum()[::-1]
+CUTS = (64, 128, 192)  # values above which a map falls into parts
+SHAPES = 2 * len(CUTS)  # the parts' bounding boxes and their convex hulls for each cut
+LEAST_PART = 0.01  # of the image: smaller parts have no shape
 
 
-def count_pixels(maps, masks):
+def draw_shapes(values):
+    """The shapes of a map as a plane, uint8 (height, width), whose bits are the shapes.
+
+    Bits 0 and 1 are the boxes and the hulls at the first cut, and so on. Where the map is 0, as on
+    the black band, there is none.
+    """
+    plane = np.zeros(values.shape, np.uint8)
+    for number, cut in enumerate(CUTS):
+        reached = (values >= cut).astype(np.uint8)
+        parts, _ = cv2.findContours(reached, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        boxes, hulls = np.zeros((2, *values.shape), np.uint8)
+        for part in parts:
+            if cv2.contourArea(part) >= LEAST_PART * values.size:
+                left, top, width, height = cv2.boundingRect(part)
+                boxes[top : top + height, left : left + width] = 1
+                cv2.fillConvexPoly(hulls, cv2.convexHull(part), 1)
+        plane |= (boxes << 2 * number) | (hulls << 2 * number + 1)
+    plane[values == 0] = 0
+    return plane
+
+
+# %%
+def count_reaching(values, plane=None):
+    """How many of some bytes are at least 0, 1, ..., 255: int (256).
+
+    With the `plane` of their shapes, followed by as many numbers for those inside of each shape.
+    """
+    if plane is None:
+        counts = np.bincount(values, minlength=256)[None]
+    else:  # one pass for all shapes: by value and by the combination of shapes
+        combinations = np.arange(1 << SHAPES)
+        joint = np.bincount(plane * np.intp(256) + values, minlength=256 << SHAPES)
+        inside = combinations >> np.arange(SHAPES)[:, None] & 1
+        inside = np.concatenate([np.ones_like(inside[:1]), inside])
+        counts = inside @ joint.reshape(-1, 256)
+    return counts[:, ::-1].cumsum(axis=1)[:, ::-1].ravel()
+
+
+def count_pixels(maps, masks, shapes=False):
     """Areas and overlaps of every thresholded mask: int32 (2, classes, 256).
 
     `maps` (height, width, classes) are uint8, `masks` of the same shape zeros and ones. Entry
     [c, t] counts the pixels of class c with a value of at least t; the overlaps count the true
-    ones among them, so that overlaps[c, 0] is the area of the true mask.
+    ones among them, so that overlaps[c, 0] is the area of the true mask. With `shapes`, 256
+    entries more for each of them count the pixels inside of it.
     """
-    pairs = zip(np.moveaxis(maps, -1, 0), np.moveaxis(masks, -1, 0))
-    counts = [[count_reaching(values), count_reaching(values[mask > 0])] for values, mask in pairs]
+    counts = []
+    for values, mask in zip(np.moveaxis(maps, -1, 0), np.moveaxis(masks, -1, 0)):
+        pixels = [values] + ([draw_shapes(values)] if shapes else [])
+        true = mask.ravel() > 0
+        flat = [part.ravel() for part in pixels]
+        counts.append([count_reaching(*flat), count_reaching(*(part[true] for part in flat))])
     return np.array(counts, np.int32).swapaxes(0, 1)
 
 
+# %%
 def count_validation(predictors, paths, labels):
-    """count_pixels of each predictor's maps and, last, of their mean.
+    """count_pixels of each predictor's maps, and with shapes of their mean.
 
-    Returns int32 (predictors + 1, 2, images, classes, 256).
+    Returns int32 (predictors, 2, images, classes, 256) and (2, images, classes, entries).
     """
     progress = Progress("Validation image", len(paths))
-    counts = []
+    counts, mean_counts = [], []
     for several, rles in zip(predict_together(predictors, paths), labels.to_numpy()):
         masks = split_plane(read_plane(rles, SUBMISSION_SIZE))
-        counts.append([count_pixels(maps, masks) for maps in (*several, average_maps(several))])
+        counts.append([count_pixels(maps, masks) for maps in several])
+        mean_counts.append(count_pixels(average_maps(several), masks, shapes=True))
         progress.advance()
-    return np.moveaxis(np.stack(counts), 0, 2)
+    return np.moveaxis(np.stack(counts), 0, 2), np.stack(mean_counts, axis=1)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1587,7 +1632,7 @@ counts, mean_counts, held_out_names = {}, [], []
 for fold in sorted({run.config.fold for run in members}):
     chosen = [index for index, run in enumerate(members) if run.config.fold == fold]
     _, (paths, rows) = split_images(replace(config, fold=fold), *labelled)
-    *own, mean = count_validation([predictors[index] for index in chosen], paths, rows)
+    own, mean = count_validation([predictors[index] for index in chosen], paths, rows)
     counts |= dict(zip(chosen, own))
     mean_counts.append(mean)
     held_out_names += list(rows.index)
@@ -1595,9 +1640,10 @@ areas, overlaps = np.concatenate(mean_counts, axis=1)
 presence = held_out.loc[held_out_names].to_numpy()  # its rows in the order of the counts
 
 # %% [markdown]
-# A *decision* is a threshold for each image and class; 256, which no byte reaches, is the empty
-# mask. A *way to decide* learns from validation images, and returns a rule that takes the areas of
-# an image's masks and the classifier's probabilities to decisions. We compare five.
+# A *decision* is a number for each image and class: up to 255 a threshold, beyond it a threshold
+# within one of the shapes below, and at last the empty mask. A *way to decide* learns from
+# validation images, and returns a rule that takes the areas of an image's masks and the
+# classifier's probabilities to decisions. We compare six.
 #
 # The first takes one half as the threshold. The second is the usual one: per class, the threshold
 # and the smallest area to predict that score best, of 255 times 60, all compared at once. Of pairs
@@ -1607,18 +1653,21 @@ presence = held_out.loc[held_out_names].to_numpy()  # its rows in the order of t
 
 
 # %%
-EMPTY = 256  # the threshold of the empty mask; 0 is that of the whole image
+EMPTY = 256 * (1 + SHAPES)  # the decision for the empty mask; 0 is that for the whole image
 MINIMUM_AREAS = np.round(np.arange(0, 0.3, 0.005) * math.prod(SUBMISSION_SIZE)).astype(int)
 
 
 def score_decisions(areas, overlaps, decisions):
     """The Dice of each image and class: float (images, classes).
 
-    `areas` and `overlaps` are counts (images, classes, 256), `decisions` int (images, classes).
+    `areas` and `overlaps` are counts (images, classes, entries), `decisions` int (images, classes).
     """
-    counts = np.pad([areas, overlaps], [(0, 0)] * 3 + [(0, 1)])  # nothing reaches EMPTY
-    decided = np.broadcast_to(decisions[None, ..., None], (2, *decisions.shape, 1))
-    area, overlap = np.take_along_axis(counts, decided, axis=-1)[..., 0]
+    predicted = decisions < EMPTY
+    entries = np.where(predicted, decisions, 0)[..., None]
+    area, overlap = (
+        np.take_along_axis(counts, entries, axis=-1)[..., 0] * predicted
+        for counts in (areas, overlaps)
+    )
     return divide_dice(overlap, area + overlaps[..., 0])
 
 
@@ -1637,7 +1686,7 @@ def tune_rules(areas, overlaps):
     """Each class's best threshold, 1 to 255, and minimum area in pixels: int (classes, 2)."""
     rules = []
     for index in range(areas.shape[1]):
-        scores = score_rules(areas[:, index], overlaps[:, index])[:, 1:]
+        scores = score_rules(areas[:, index, :256], overlaps[:, index, :256])[:, 1:]
         best = np.argwhere(np.isclose(scores, scores.max(), rtol=0, atol=1e-12)) + (0, 1)
         least, threshold = min(best, key=lambda rule: (abs(rule[1] - 128), rule[0]))
         rules.append((threshold, MINIMUM_AREAS[least]))
@@ -1715,7 +1764,7 @@ def tune_quadruple(areas, overlaps, presence):
 def use_quadruple(config, areas, overlaps, presence):
     """A way to decide: the high and low threshold, area and probability of tune_quadruple."""
     tuned = [
-        tune_quadruple(areas[:, index], overlaps[:, index], presence[:, index])
+        tune_quadruple(areas[:, index, :256], overlaps[:, index, :256], presence[:, index])
         for index in range(presence.shape[1])
     ]
     high, least, low = np.array([row[:3] for row in tuned]).T
@@ -1743,6 +1792,11 @@ def use_quadruple(config, areas, overlaps, presence):
 # $q$ is fitted by isotonic regression, since a higher value should not mean a lower probability,
 # and $P$ by logistic regression on the classifier's probability and on how high and how far the map
 # rises.
+#
+# The sixth way has more masks to choose from. Labellers drew boxes, so the parts of a map above
+# .25, .5 and .75 are also taken as their bounding boxes and convex hulls. Inside of each shape $q$
+# is fitted anew: a dark pixel amid a box is more likely true than one outside. A shape is not
+# preferred for its own sake, but where its expected Dice is the highest.
 
 
 # %%
@@ -1757,58 +1811,71 @@ def describe_maps(areas, presence):
 
     The classifier's probability, the values that 2, 10 and 30 % of the map reach, and its mean.
     """
-    pixels = areas[:, :1]
+    areas, pixels = areas[:, :256], areas[:, :1]
     reached = [(areas >= share * pixels).sum(axis=1) - 1 for share in (0.02, 0.1, 0.3)]
     mean = areas[:, 1:].sum(axis=1) / pixels[:, 0]
     return to_logits(np.column_stack([presence, np.column_stack([*reached, mean]) / 255]))
 
 
 # %%
+def split_counts(counts):
+    """Cumulative counts (..., entries) as pixels of each value: (..., 1 + shapes, 256)."""
+    blocks = counts.reshape(*counts.shape[:-1], counts.shape[-1] // 256, 256)
+    return -np.diff(blocks, axis=-1, append=0)
+
+
 def calibrate(areas, overlaps, presence):
     """Fit one class's judge of presence and the probability of each value's pixels.
 
-    `areas` and `overlaps` are (images, 256), `presence` is (images). The judge is a classifier of
-    scikit-learn for describe_maps, the probabilities are float (256). One image with the class and
-    one without, both average, and one pixel of each value keep them defined on few images.
+    `areas` and `overlaps` are (images, entries), `presence` is (images). The judge is a classifier
+    of scikit-learn for describe_maps, the probabilities are float (1 + shapes, 256). One image with
+    the class and one without, both average, and one pixel of each value keep them defined on few
+    images.
     """
     features, truth = describe_maps(areas, presence), overlaps[:, 0] > 0
     features = np.concatenate([features, [features.mean(axis=0)] * 2])
     judge = make_pipeline(StandardScaler(), LogisticRegression())
     judge.fit(features, [*truth, False, True])
-    values = np.arange(256)
-    all_pixels, true_pixels = (
-        -np.diff(counts[truth].sum(axis=0), append=0) for counts in (areas, overlaps)
-    )
-    shares = (true_pixels + values / 255) / (all_pixels + 1)
-    return judge, IsotonicRegression().fit(values, shares, all_pixels + 1).predict(values)
+    values, probabilities = np.arange(256), []
+    pixels = (split_counts(counts[truth]).sum(axis=0) for counts in (areas, overlaps))
+    for all_pixels, true_pixels in zip(*pixels):
+        shares = (true_pixels + values / 255) / (all_pixels + 1)
+        fitted = IsotonicRegression().fit(values, shares, all_pixels + 1)
+        probabilities.append(fitted.predict(values))
+    return judge, np.array(probabilities)
 
 
 def expect_dice(areas, pixel_probabilities):
-    """The expected Dice, given presence, of every thresholded mask: float (images, 256)."""
-    expected = -np.diff(areas, axis=1, append=0) * pixel_probabilities
-    overlaps = expected[:, ::-1].cumsum(axis=1)[:, ::-1]
+    """The expected Dice, given presence, of every mask: float (images, entries)."""
+    expected = split_counts(areas) * pixel_probabilities
+    overlaps = expected[..., ::-1].cumsum(axis=-1)[..., ::-1].reshape(areas.shape)
     return 2 * overlaps / np.maximum(areas + overlaps[:, :1], 1e-9)
 
 
 # %%
-def use_expectation(config, areas, overlaps, presence):
-    """A way to decide: the mask of the highest expected Dice, or the empty one."""
-    classes = range(presence.shape[1])
+def use_shapes(config, areas, overlaps, presence):
+    """A way to decide: of all masks, those in shapes too, that of the highest expected Dice."""
+    classes, entries = range(presence.shape[1]), areas.shape[-1]
     fitted = [calibrate(areas[:, c], overlaps[:, c], presence[:, c]) for c in classes]
 
     def decide(areas, presence):
-        thresholds, gains = np.empty(presence.shape, int), np.empty(presence.shape)
+        decisions, gains = np.empty(presence.shape, int), np.empty(presence.shape)
         for index, (judge, pixel_probabilities) in enumerate(fitted):
-            dice = expect_dice(areas[:, index], pixel_probabilities)[:, 1:]
+            dice = expect_dice(areas[:, index, :entries], pixel_probabilities)[:, 1:]
             features = describe_maps(areas[:, index], presence[:, index])
             there = judge.predict_proba(features)[:, 1]
-            thresholds[:, index] = dice.argmax(axis=1) + 1
+            decisions[:, index] = dice.argmax(axis=1) + 1  # without the whole image
             gains[:, index] = there * dice.max(axis=1) - (1 - there)
         predicted = gains > 0
         predicted[np.arange(len(gains)), gains.argmax(axis=1)] = True  # at least one
-        return np.where(predicted, thresholds, EMPTY)
+        return np.where(predicted, decisions, EMPTY)
 
     return decide
+
+
+def use_expectation(config, areas, overlaps, presence):
+    """A way to decide: use_shapes without shapes, by thresholds alone."""
+    return use_shapes(config, areas[..., :256], overlaps[..., :256], presence)
 
 
 WAYS = {
@@ -1817,6 +1884,7 @@ WAYS = {
     "threshold and area, gated": use_gate,
     "two thresholds, area and gate": use_quadruple,
     "expected Dice": use_expectation,
+    "expected Dice, with shapes": use_shapes,
 }
 
 # %% [markdown]
@@ -1831,8 +1899,8 @@ WAYS = {
 def cross_validate(config, ways, areas, overlaps, presence):
     """Decisions for each image and class by rules that learned on other images.
 
-    `ways` are names in WAYS, `areas` and `overlaps` counts (images, classes, 256), `presence` the
-    classifier's probabilities (images, classes). Returns int (images, classes) by way. Raises
+    `ways` are names in WAYS, `areas` and `overlaps` counts (images, classes, entries), `presence`
+    the classifier's probabilities (images, classes). Returns int (images, classes) by way. Raises
     ValueError for a single image.
     """
     if len(areas) < 2:
@@ -1908,7 +1976,7 @@ comparison.round(4)
 # The second row knows the truth about presence, which no submission does; it says what a perfect
 # classifier without any segmentation would score. A gain, to the row above, means something where
 # its 95 % interval, `from` and `to`, is on one side of 0. The handful of images of the sample
-# cannot tell the five ways apart; then the expected Dice decides.
+# cannot tell the six ways apart; then the expected Dice decides.
 #
 # Where do the gains come from? From absent classes that are left empty, from present ones that are
 # found, and from masks that overlap better:
@@ -1938,7 +2006,7 @@ rules = tune_rules(areas, overlaps)
 figure, panels = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
 area_range = 100 * MINIMUM_AREAS[[0, -1]] / math.prod(SUBMISSION_SIZE)
 for index, (axes, name) in enumerate(zip(panels.flat, CLASSES)):
-    grid = score_rules(areas[:, index], overlaps[:, index])[:, 1:]
+    grid = score_rules(areas[:, index, :256], overlaps[:, index, :256])[:, 1:]
     image = axes.imshow(grid, origin="lower", aspect="auto", extent=(1 / 255, 1, *area_range))
     threshold, least = rules[index] / (255, math.prod(SUBMISSION_SIZE) / 100)
     axes.plot(threshold, least, "r*", markersize=14, clip_on=False)
@@ -1958,8 +2026,15 @@ def make_masks(maps, presence, decide):
 
     `maps` have the same shape, `presence` are the probabilities of the classes.
     """
-    areas = np.stack([count_reaching(values) for values in np.moveaxis(maps, -1, 0)])
-    return maps >= decide(areas[None], presence[None])[0]
+    areas, _ = count_pixels(maps, np.zeros_like(maps), shapes=True)
+    masks = np.zeros(maps.shape, bool)
+    for index, decision in enumerate(decide(areas[None], presence[None])[0]):
+        if decision < EMPTY:
+            shape, threshold = divmod(decision, 256)
+            masks[..., index] = maps[..., index] >= threshold
+            if shape:
+                masks[..., index] &= draw_shapes(maps[..., index]) >> (shape - 1) & 1 > 0
+    return masks
 
 
 # %%

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -53,7 +54,9 @@ def score_slowly(kernel, maps, masks, decisions):
 @given(seed=st.integers(0, 1000), count=st.integers(1, 8))
 def test_decisions_score_as_by_brute_force(kernel, seed, count):
     maps, masks = draw_maps(seed, count)
-    decisions = np.random.default_rng(seed).integers(257, size=(count, 4))
+    random = np.random.default_rng(seed)
+    decisions = random.integers(256, size=(count, 4))
+    decisions[random.random((count, 4)) < 0.2] = kernel.EMPTY
     decisions[0] = [0, 255, kernel.EMPTY, 1]
     found = kernel.score_decisions(*count_all(kernel, maps, masks), decisions)
     np.testing.assert_allclose(found, score_slowly(kernel, maps, masks, decisions))
@@ -155,7 +158,7 @@ def draw_calibrated(kernel, seed, count=300, size=(30, 40)):
 
 def test_calibration_finds_the_probabilities_that_were_drawn(kernel):
     areas, overlaps, presence, truth = draw_calibrated(kernel, 0)
-    judge, pixels = kernel.calibrate(areas[:, 0], overlaps[:, 0], presence[:, 0])
+    judge, (pixels,) = kernel.calibrate(areas[:, 0], overlaps[:, 0], presence[:, 0])
     # About 230 pixels of each value, so that a share deviates by .033 or less.
     np.testing.assert_allclose(pixels, np.arange(256) / 255, atol=0.06)
     assert (np.diff(pixels) >= 0).all()
@@ -167,7 +170,8 @@ def test_calibration_finds_the_probabilities_that_were_drawn(kernel):
 @pytest.mark.parametrize("seed", range(3))
 def test_expectation_beats_threshold_and_area_where_it_is_calibrated(kernel, seed):
     areas, overlaps, presence, _ = draw_calibrated(kernel, seed)
-    decisions = kernel.cross_validate(kernel.SAMPLE, kernel.WAYS, areas, overlaps, presence)
+    ways = ["threshold and area", "expected Dice"]
+    decisions = kernel.cross_validate(kernel.SAMPLE, ways, areas, overlaps, presence)
     scores = {way: kernel.score_decisions(areas, overlaps, x) for way, x in decisions.items()}
     assert scores["expected Dice"].mean() >= scores["threshold and area"].mean()
 
@@ -195,7 +199,8 @@ def test_every_way_works_on_degenerate_maps(kernel, kind):
     areas, overlaps = count_all(kernel, maps, masks)
     decisions = kernel.cross_validate(kernel.SAMPLE, kernel.WAYS, areas, overlaps, presence)
     for decided in decisions.values():
-        assert decided.shape == presence.shape and decided.min() >= 1 and decided.max() <= 256
+        assert decided.shape == presence.shape and decided.dtype.kind == "i"
+        assert ((decided >= 1) & (decided <= 255) | (decided == kernel.EMPTY)).all()
         assert np.isfinite(kernel.score_decisions(areas, overlaps, decided)).all()
 
 
@@ -316,6 +321,96 @@ def test_maps_of_every_image_are_bytes_at_the_submission_s_size(
             assert np.abs(error).max() <= 0.51
 
 
+def draw_parts():
+    """A map with an L of 200 around a spot of 150, a diagonal, a speck, and a band of zeros."""
+    values = np.full((70, 105), 10, np.uint8)
+    values[10:50, 10:20] = values[40:50, 10:45] = 200
+    values[12:15, 40:43] = 150  # in the L's box and hull or not, but no part of it
+    cv2.line(values, (60, 10), (95, 60), 100, 6)
+    values[65, 5] = 255
+    values[:, 50:54] = 0
+    return values
+
+
+def test_shapes_are_boxes_and_hulls_of_the_parts(kernel):
+    values = draw_parts()
+    plane = kernel.draw_shapes(values)
+    names = [(cut, kind) for cut in kernel.CUTS for kind in ("box", "hull")]
+    shapes = {name: plane >> bit & 1 > 0 for bit, name in enumerate(names)}
+    box = np.zeros(values.shape, bool)
+    box[10:50, 10:45] = True
+    np.testing.assert_array_equal(shapes[128, "box"], box)
+    assert not shapes[128, "box"][65, 5]  # a speck has no shape
+    corners = np.array([[10, 10], [19, 10], [44, 40], [44, 49], [10, 49]])  # of the L, by hand
+    hull = cv2.fillConvexPoly(np.zeros(values.shape, np.uint8), corners, 1)
+    np.testing.assert_array_equal(shapes[128, "hull"], hull > 0)
+    diagonal = values == 100
+    rows, columns = np.nonzero(diagonal)
+    box[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+    np.testing.assert_array_equal(shapes[64, "box"], box)
+    assert (shapes[64, "hull"] & ~shapes[64, "box"]).sum() == 0
+    assert (diagonal & ~shapes[64, "hull"]).sum() == 0
+    assert not shapes[192, "box"][rows, columns].any()
+    everywhere = kernel.draw_shapes(np.where(values > 0, 255, 0).astype(np.uint8))
+    np.testing.assert_array_equal(everywhere & 1 > 0, values > 0)  # the band stays out
+
+
+def test_shapes_are_counted_decided_and_drawn_alike(kernel):
+    """Every decision's mask has the area and the overlap that were counted for it."""
+    maps = np.repeat(draw_parts()[..., None], 4, axis=-1)
+    masks = np.random.default_rng(0).integers(2, size=maps.shape)
+    areas, overlaps = kernel.count_pixels(maps, masks, shapes=True)
+    assert areas.shape == overlaps.shape == (4, kernel.EMPTY)
+    decisions = np.random.default_rng(1).integers(kernel.EMPTY, size=(60, 4))
+    for decision in decisions:
+        predicted = kernel.make_masks(maps, np.ones(4), lambda *_, d=decision: d[None])
+        chosen = areas[np.arange(4), decision], overlaps[np.arange(4), decision]
+        np.testing.assert_array_equal(predicted.sum(axis=(0, 1)), chosen[0])
+        np.testing.assert_array_equal((predicted & (masks > 0)).sum(axis=(0, 1)), chosen[1])
+        scores = kernel.score_decisions(areas[None], overlaps[None], decision[None])[0]
+        expected = kernel.dice(np.moveaxis(masks, -1, 0), np.moveaxis(predicted, -1, 0))
+        np.testing.assert_allclose(scores, expected)
+
+
+def test_shapes_are_chosen_where_the_truth_is_a_box_and_not_where_it_is_the_map(kernel):
+    random = np.random.default_rng(0)
+    counts = {"box": [], "map": []}
+    for _ in range(30):
+        maps = np.zeros((70, 105, 4), np.uint8)
+        masks = {kind: np.zeros(maps.shape, np.uint8) for kind in counts}
+        for index in range(4):
+            top, left = random.integers(5, 25, 2)
+            box = slice(top, top + 35), slice(left, left + 60)
+            cv2.ellipse(
+                (blob := np.zeros((70, 105), np.uint8)),
+                (left + 30, top + 17),
+                (30, 17),
+                0,
+                0,
+                360,
+                1,
+                -1,
+            )
+            maps[..., index] = random.integers(1, 40, (70, 105)) + 170 * blob
+            masks["box"][(*box, index)] = 1
+            masks["map"][..., index] = blob
+        for kind, mask in masks.items():
+            counts[kind].append(kernel.count_pixels(maps, mask, shapes=True))
+    for kind, gain in (("box", 0.1), ("map", 0.0)):
+        areas, overlaps = np.stack(counts[kind], axis=1)
+        decisions = kernel.cross_validate(
+            kernel.SAMPLE,
+            ["expected Dice", "expected Dice, with shapes"],
+            areas,
+            overlaps,
+            np.full((30, 4), 0.9),
+        )
+        plain, shaped = (
+            kernel.score_decisions(areas, overlaps, x).mean() for x in decisions.values()
+        )
+        assert shaped >= plain + gain - 1e-3, kind
+
+
 def test_flips_are_turned_back_and_averaged(kernel):
     """A network whose probability is the brightness, times how far right and how far down it is."""
     images = np.zeros((2, 350, 525, 3), np.uint8)
@@ -340,8 +435,9 @@ def test_masks_are_those_of_the_decided_thresholds(kernel):
     presence = np.arange(4) / 4
 
     def decide(areas, presence):
-        assert presence.tolist() == [[0, 0.25, 0.5, 0.75]] and areas.shape == (1, 4, 256)
-        np.testing.assert_array_equal(areas[0], kernel.count_pixels(maps, maps)[0])
+        assert presence.tolist() == [[0, 0.25, 0.5, 0.75]]
+        assert areas.shape == (1, 4, kernel.EMPTY)
+        np.testing.assert_array_equal(areas[0, :, :256], kernel.count_pixels(maps, maps)[0])
         return np.array([[10, 255, kernel.EMPTY, 0]])
 
     masks = kernel.make_masks(maps, presence, decide)
@@ -369,11 +465,13 @@ def test_maps_of_several_networks_are_averaged_image_by_image(kernel, tiny, path
 def test_validation_counts_each_network_and_their_mean(kernel, tiny, labels, paths, monkeypatch):
     maps, _ = draw_maps(2, count=4, size=(350, 525))
     monkeypatch.setattr(kernel, "predict_together", lambda *_: ((m, m // 2) for m in maps))
-    counts = kernel.count_validation([None, None], paths[:4], labels[:4])
-    assert counts.shape == (3, 2, 4, 4, 256)
+    counts, mean_counts = kernel.count_validation([None, None], paths[:4], labels[:4])
+    assert counts.shape == (2, 2, 4, 4, 256) and mean_counts.shape == (2, 4, 4, kernel.EMPTY)
     for image, rles in enumerate(labels[:4].to_numpy()):
         masks = kernel.split_plane(kernel.read_plane(rles, kernel.SUBMISSION_SIZE))
-        mean = kernel.average_maps([maps[image], maps[image] // 2])
-        for index, values in enumerate((maps[image], maps[image] // 2, mean)):
+        for index, values in enumerate((maps[image], maps[image] // 2)):
             expected = kernel.count_pixels(values, masks)
             np.testing.assert_array_equal(counts[index, :, image], expected)
+        mean = kernel.average_maps([maps[image], maps[image] // 2])
+        expected = kernel.count_pixels(mean, masks, shapes=True)
+        np.testing.assert_array_equal(mean_counts[:, image], expected)
