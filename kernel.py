@@ -1590,6 +1590,11 @@ def count_reaching(values, plane=None):
     return counts[:, ::-1].cumsum(axis=1)[:, ::-1].ravel()
 
 
+def split_classes(images):
+    """Images (height, width, classes) as (classes, height, width), each class in one piece."""
+    return np.ascontiguousarray(np.moveaxis(images, -1, 0))
+
+
 def count_pixels(maps, masks, shapes=False):
     """Areas and overlaps of every thresholded mask: int32 (2, classes, 256).
 
@@ -1599,7 +1604,7 @@ def count_pixels(maps, masks, shapes=False):
     entries more for each of them count the pixels inside of it.
     """
     counts = []
-    for values, mask in zip(np.moveaxis(maps, -1, 0), np.moveaxis(masks, -1, 0)):
+    for values, mask in zip(split_classes(maps), split_classes(masks)):
         pixels = [values] + ([draw_shapes(values)] if shapes else [])
         true = mask.ravel() > 0
         flat = [part.ravel() for part in pixels]
@@ -1676,9 +1681,9 @@ def score_rules(areas, overlaps):
 
     `areas` and `overlaps` (images, 256) are the class's counts.
     """
-    true_areas = overlaps[:, :1]
-    scores = divide_dice(overlaps, areas + true_areas)
-    rules = [np.where(areas >= least, scores, true_areas == 0) for least in MINIMUM_AREAS]
+    empty = overlaps[:, :1] == 0
+    scores = divide_dice(overlaps, areas + overlaps[:, :1])
+    rules = (np.where(areas >= least, scores, empty) for least in MINIMUM_AREAS)
     return np.stack([rule.mean(axis=0) for rule in rules])
 
 
@@ -2026,14 +2031,16 @@ def make_masks(maps, presence, decide):
 
     `maps` have the same shape, `presence` are the probabilities of the classes.
     """
-    areas, _ = count_pixels(maps, np.zeros_like(maps), shapes=True)
+    several = split_classes(maps)
+    planes = [draw_shapes(values) for values in several]
+    areas = np.array([count_reaching(v.ravel(), p.ravel()) for v, p in zip(several, planes)])
     masks = np.zeros(maps.shape, bool)
     for index, decision in enumerate(decide(areas[None], presence[None])[0]):
         if decision < EMPTY:
             shape, threshold = divmod(decision, 256)
-            masks[..., index] = maps[..., index] >= threshold
+            masks[..., index] = several[index] >= threshold
             if shape:
-                masks[..., index] &= draw_shapes(maps[..., index]) >> (shape - 1) & 1 > 0
+                masks[..., index] &= planes[index] >> (shape - 1) & 1 > 0
     return masks
 
 

@@ -17,6 +17,7 @@ import itertools
 import resource
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -105,7 +106,12 @@ def compare(config, labels, setting):
         middle = time.perf_counter()
         decide(areas, presence)
         end = time.perf_counter()
-        print(f"{way}: learns in {middle - start:.2f} s, decides in {end - middle:.2f} s")
+        tracemalloc.start()
+        learn(config, areas, overlaps, presence)(areas, presence)
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+        times = f"learns in {middle - start:.2f} s, decides in {end - middle:.2f} s"
+        print(f"{way}: {times}, {peak:.0f} MiB beyond the tables")
 
 
 def search_in_loops(maps, masks, thresholds, sizes):
