@@ -177,7 +177,7 @@ class Config:
     dice_smoothing: float  # pixels added to both sides of the Dice loss's fraction
     gate_recall: float  # share of a class's images in which the classifier has to find it
     flips: bool  # predict each image as it is, mirrored, upside down and both, and take the mean
-    decision: str  # a name in WAYS, or "best" for the way that scores highest in validation
+    decision: str  # a name in WAYS, or "best": the expected Dice unless another is surely better
     threads: int  # that decode and augment images
     seed: int  # of the folds, the augmentation, the initial weights and dropout
 
@@ -332,7 +332,7 @@ output = make_output(output_folder)
 print(f"{preset}: reads {source}, writes to {output}")
 
 # %% [markdown]
-# What this run does:
+# What this session does:
 
 # %%
 for field, value in dataclasses.asdict(config).items():
@@ -474,7 +474,8 @@ def assign_folds(labels, folds, seed):
 
 # %%
 labels = read_labels(source / "train.csv")
-check_images(source / "train_images", labels.index)
+train_folder = source / "train_images"
+check_images(train_folder, labels.index)
 folds = assign_folds(labels, config.folds, config.seed)
 present = labels != ""
 print(f"{labels.size:,} rows, {len(labels):,} images, {present.to_numpy().sum():,} masks")
@@ -678,7 +679,7 @@ def split_plane(plane):
 figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
 for bit, (axes, name) in enumerate(zip(panels.flat, CLASSES)):
     chosen = present[name].idxmax()  # the first image that holds the class
-    image = read_image(source / "train_images" / chosen, SUBMISSION_SIZE)
+    image = read_image(train_folder / chosen, SUBMISSION_SIZE)
     mask = read_plane(labels.loc[chosen], SUBMISSION_SIZE) >> bit & 1
     axes.imshow(np.where(mask[..., None], image, image // 4))
     axes.set(title=f"{name} in {chosen}", xlabel="column", ylabel="row")
@@ -803,7 +804,7 @@ small = replace(config, image_size=SUBMISSION_SIZE)
 chosen = present.sum(axis=1).idxmax()  # the image with the most classes
 figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
 for axes, draw in zip(panels.flat, [AS_IS, 1, 3, 4, 6, 7]):
-    image, masks = load_example(small, source / "train_images" / chosen, labels.loc[chosen], draw)
+    image, masks = load_example(small, train_folder / chosen, labels.loc[chosen], draw)
     outline(axes, image, masks, "as it is" if draw == AS_IS else f"draw {draw}")
 add_legend(figure)
 figure.savefig(output / "augmentation.png")
@@ -828,7 +829,6 @@ def make_data(config, labels, folds, folder):
 
 
 # %%
-train_folder = source / "train_images"
 labelled = labels, folds, train_folder
 (training_paths, _), (validation_paths, _) = split_images(runs[0].config, *labelled)
 images, masks = next(iter(make_data(runs[0].config, *labelled)[0]))
@@ -1258,7 +1258,7 @@ plt.show()
 
 # %% [markdown]
 # In the sample the baseline's frozen encoder has random weights, as there are none from ImageNet,
-# and ten images are too few for a classifier to learn anything that holds for others.
+# and nine images are too few for a classifier to learn anything that holds for others.
 #
 # *Accuracy* is the share of right answers to "is the class in the image?", over all validation
 # images and all four classes; the mean over the folds is the paper's mean validation accuracy, as
@@ -1495,7 +1495,8 @@ plt.show()
 #
 # How many pixels of a map have each of the 256 values, and how many of these are true, is enough to
 # know the Dice of *every* threshold: two cumulative sums give the area and the overlap of each
-# thresholded mask. The maps themselves are then forgotten.
+# thresholded mask. The same is counted inside of a few shapes, the boxes and hulls of a map's
+# parts, which the last way to decide draws on. The maps themselves are then forgotten.
 
 
 # %%
@@ -2222,7 +2223,7 @@ unet_scores = {}  # from Kaggle, in the same form
 make_table(everything, "Dice", unet_scores, PAPER_DICE)
 
 # %% [markdown]
-# The paper finds that larger encoders score lower with its settings. A difference between two rows
+# On the paper's validation images larger encoders score lower. A difference between two rows
 # means something only if they have the same folds, and more than a handful of images.
 #
 # `results.json` holds the configuration and what the run measured; attach it, with the weights
