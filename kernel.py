@@ -45,13 +45,28 @@
 # ## Set up
 #
 # Kaggle's image lacks five small packages. They are installed without their dependencies, because
-# Kaggle has those already, in versions that fit each other.
+# Kaggle has those already, in versions that fit each other. On a TPU, whose image has a TensorFlow
+# that cannot use it, TensorFlow is replaced too, together with the matching legacy Keras.
 
 # %%
+import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 
+STARTED = time.monotonic()  # the session's hours are counted from here
+ON_KAGGLE = {
+    "albumentations": "albumentations==2.0.8",
+    "cv2": "opencv-python==4.13.0.92",
+    "matplotlib": "matplotlib==3.10.0",
+    "numpy": "numpy==2.0.2",
+    "pandas": "pandas==2.2.2",
+    "sklearn": "scikit-learn==1.6.1",
+    "tensorflow": "tensorflow==2.20.0",
+    "tf_keras": "tf_keras==2.20.1",
+}
 MISSING_ON_KAGGLE = {
     "classification_models": "image-classifiers==1.0.0",
     "efficientnet": "efficientnet==1.0.0",
@@ -59,32 +74,67 @@ MISSING_ON_KAGGLE = {
     "keras_radam": "keras-rectified-adam==0.20.0",
     "segmentation_models": "segmentation-models==1.0.1",
 }
-
-
-def install_missing(packages):
-    """Install what cannot be imported of `packages`, a mapping of modules to pinned requirements.
-
-    Returns the requirements that were installed. Raises CalledProcessError where pip fails, on
-    Kaggle most often because the notebook's internet access is switched off.
-    """
-    missing = [pin for module, pin in packages.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, *missing], check=True)
-        importlib.invalidate_caches()
-    return missing
+FOR_TPU = ("tensorflow-tpu==2.19.1", "libtpu==0.0.10")  # 2.20.0 found no TPU on Kaggle
+KERAS_FOR_TPU = "tf_keras==2.19.0"  # asks for the package tensorflow, which replaces the TPU's
 
 
 # %%
-print("Installed:", ", ".join(install_missing(MISSING_ON_KAGGLE)) or "nothing, all is there")
+def on_tpu(environment=os.environ):
+    """Whether the machine is one of Kaggle's with a TPU."""
+    return environment.get("ISTPUVM") == "1"
+
+
+def has_module(name):
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def has_package(name):
+    """Whether pip has installed a package."""
+    return any(importlib.metadata.distributions(name=name))
+
+
+def plan_installation(environment=os.environ, has_module=has_module, has_package=has_package):
+    """The arguments of the calls of pip that bring what cannot be imported, in their order."""
+    ordinary, alone = (
+        [pin for module, pin in packages.items() if not has_module(module)]
+        for packages in (ON_KAGGLE, MISSING_ON_KAGGLE)
+    )
+    calls = []
+    if on_tpu(environment):
+        ordinary = [pin for pin in ordinary if not pin.startswith(("tensorflow", "tf_keras"))]
+        if not has_package("tensorflow-tpu"):
+            calls.append(["uninstall", "--quiet", "--yes", "tensorflow", "tensorflow-cpu"])
+            calls.append(["install", "--quiet", *FOR_TPU])
+            alone.append(KERAS_FOR_TPU)
+    if ordinary:
+        calls.append(["install", "--quiet", *ordinary])
+    if alone:
+        calls.append(["install", "--quiet", "--no-deps", *alone])
+    return calls
+
+
+def install(calls):
+    """Call pip with each list of arguments.
+
+    Raises CalledProcessError where it fails, on Kaggle most often because the notebook's internet
+    access is switched off.
+    """
+    for arguments in calls:
+        subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    importlib.invalidate_caches()
+
+
+# %%
+pip_calls = plan_installation()
+install(pip_calls)
+print("\n".join(" ".join(call) for call in pip_calls) or "Nothing to install, all is there")
 
 # %% [markdown]
 # segmentation-models was written for the Keras of TensorFlow 2, which lives on as *legacy Keras*.
 # It is chosen by environment variables, which must be set before TensorFlow is imported.
 
 # %%
-import os
-
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 os.environ["SM_FRAMEWORK"] = "tf.keras"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no notes of TensorFlow's libraries between the results
@@ -99,7 +149,8 @@ import math
 import platform
 import random
 import re
-import time
+import shutil
+import zlib
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -160,25 +211,27 @@ class Config:
     image_size: tuple[int, int]  # of the U-Net's input, multiples of 32
     classifier_size: tuple[int, int] | None  # of the classifier's; None is the encoder's own
     activation: str  # "softmax", one choice for all classes, or "sigmoid", one for each class
-    precision: str  # Keras's policy for the network's layers, "float32" or "mixed_float16"
+    precision: str | None  # Keras's policy for the layers; None is what suits the accelerator
     batch_norm_momentum: float  # of the moving averages in batch normalisation
     augmentation_probability: float  # of each transform in an augmented copy
     rotation_limit: float  # largest rotation of an augmented copy, in degrees
     folds: int  # parts that the training images are split into
     fold: int  # the part held out for validation; the others are trained on
     folds_to_run: tuple  # parts that are held out one after the other; if empty, `fold` is
-    batch_size: int  # images per training step
+    batch_size: int  # images per training step on all devices, fewer if they do not fit
     classifier_batch_size: int  # the same for the classifier
     epochs: int  # passes over the training images, each as it is and once augmented
     classifier_epochs: tuple[int, int]  # the same with a frozen encoder, then with a trained one
-    learning_rate: float  # of rectified Adam, at the end of the warm-up
+    learning_rate: float  # of rectified Adam after the warm-up, for 32 images per training step
     warmup_proportion: float  # share of the training steps in which the learning rate rises
     cross_entropy_weight: float  # share of cross-entropy in the loss, the rest is Dice loss
     dice_smoothing: float  # pixels added to both sides of the Dice loss's fraction
     gate_recall: float  # share of a class's images in which the classifier has to find it
     flips: bool  # predict each image as it is, mirrored, upside down and both, and take the mean
     decision: str  # a name in WAYS, or "best": the expected Dice unless another is surely better
-    threads: int  # that decode and augment images
+    train: bool  # False predicts with the weights of an earlier run
+    hours: float | None  # for the whole notebook; None is what Kaggle grants
+    threads: int | None  # that decode and augment images; None is one for each processor
     seed: int  # of the folds, the augmentation, the initial weights and dropout
 
 
@@ -190,14 +243,14 @@ PAPER = Config(
     image_size=(1312, 2080),
     classifier_size=None,
     activation="softmax",
-    precision="float32",
+    precision=None,
     batch_norm_momentum=0.99,
     augmentation_probability=0.5,
     rotation_limit=20,
     folds=5,
     fold=0,
     folds_to_run=(),
-    batch_size=1,
+    batch_size=32,
     classifier_batch_size=32,
     epochs=10,
     classifier_epochs=(20, 20),
@@ -208,7 +261,9 @@ PAPER = Config(
     gate_recall=0.94,
     flips=False,
     decision="threshold and area",
-    threads=4,
+    train=True,
+    hours=None,
+    threads=None,
     seed=2019,
 )
 
@@ -216,7 +271,6 @@ PAPER = Config(
 BEST = replace(
     PAPER,
     activation="sigmoid",  # 60 % of the images have pixels of several classes, softmax allows one
-    precision="mixed_float16",  # halves the memory of a step, 12 GB in float32
     flips=True,  # a cloud pattern has no handedness; four times the time of a prediction
     decision="best",  # the paper's way is one of six that are compared
 )
@@ -226,15 +280,13 @@ SAMPLE = replace(
     encoder_weights=None,  # nothing to download
     image_size=(128, 192),
     classifier_size=(128, 192),
-    precision="float32",  # float16 is slow on CPUs
     batch_norm_momentum=0.8,  # so that the averages keep up with few steps
     folds_to_run=(0, 1),  # so that two networks predict together
     batch_size=4,
     classifier_batch_size=4,
     epochs=25,
     classifier_epochs=(5, 10),
-    learning_rate=3e-3,  # few steps, so larger ones
-    threads=2,
+    learning_rate=8.5e-3,  # few steps, so larger ones
 )
 PRESETS = {"PAPER": PAPER, "BEST": BEST, "SAMPLE": SAMPLE}
 
@@ -332,9 +384,129 @@ output = make_output(output_folder)
 print(f"{preset}: reads {source}, writes to {output}")
 
 # %% [markdown]
-# What this session does:
+# ## Choose the accelerator
+#
+# A TPU is taken if there is one, else all GPUs, else the CPU. With several devices each gets an
+# equal part of every batch, and the gradients are added up. Layers compute in float16 on GPUs with
+# tensor cores, with the loss scaled up so that small gradients are not lost, and in bfloat16 on
+# TPUs, which halves the memory of a training step; weights, batch statistics, probabilities and
+# losses stay in float32.
+
 
 # %%
+@dataclass(frozen=True)
+class Accelerator:
+    """What the networks are computed on."""
+
+    strategy: tf.distribute.Strategy  # that gives each replica of a network its part of a batch
+    name: str
+    precision: str  # Keras's policy that suits it
+    memory: int  # bytes for each replica
+    hours: float  # that Kaggle grants a session with it
+
+    @property
+    def replicas(self):
+        """The number of devices that a batch is divided among."""
+        return self.strategy.num_replicas_in_sync
+
+
+GIBIBYTE = 2**30
+TPU_MEMORY = 16 * GIBIBYTE  # of each of the eight cores of a v5e-8
+
+
+def free_memory():
+    """The bytes of the machine's memory that are free to use."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+
+
+# %%
+def start_tpu():
+    """The strategy for the TPU of Kaggle's machine.
+
+    Raises RuntimeError if there is none, which would cost nine hours of quota on a CPU.
+    """
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu="local")
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    except (ValueError, tf.errors.OpError) as error:
+        raise RuntimeError(
+            "This is a TPU machine, but TensorFlow finds no TPU. Restart the session with its "
+            "internet access switched on, so that the first cell can install "
+            f"{', '.join(FOR_TPU)}, or choose the accelerator GPU T4 x2. ({error})"
+        ) from None
+
+
+def measure_gpus(gpus):
+    """The names of GPUs, the least of their compute capabilities and the bytes of the smallest."""
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+    names = ", ".join(detail["device_name"] for detail in details)
+    capability = min(detail["compute_capability"] for detail in details)
+    return names, capability, min(map(int, answer.split())) * 2**20
+
+
+def make_strategy(environment=os.environ):
+    """The best Accelerator there is: a TPU, several GPUs, one GPU, the CPU."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if on_tpu(environment):
+        strategy = start_tpu()
+        name = f"TPU, {strategy.num_replicas_in_sync} cores"
+        return Accelerator(strategy, name, "mixed_bfloat16", TPU_MEMORY, 9)
+    if gpus:
+        name, capability, memory = measure_gpus(gpus)
+        tensor_cores = capability >= (7, 0)
+        several = len(gpus) > 1
+        strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+        precision = "mixed_float16" if tensor_cores else "float32"
+        return Accelerator(strategy, name, precision, memory, 12)
+    return Accelerator(tf.distribute.get_strategy(), "CPU", "float32", free_memory(), 12)
+
+
+def suit(config, accelerator):
+    """The configuration with what it leaves to the accelerator filled in."""
+    return replace(
+        config,
+        precision=config.precision or accelerator.precision,
+        hours=config.hours or accelerator.hours,
+        threads=config.threads or os.cpu_count(),
+    )
+
+
+# %% [markdown]
+# A session has `Config.hours`, counted from the first cell. The time of a step and of a prediction
+# is measured when training begins, and the epochs are planned so that the predictions fit in.
+
+
+# %%
+class Clock:
+    """The time that is left of a session of some hours."""
+
+    def __init__(self, hours, start=STARTED, now=time.monotonic):
+        self.end, self.now = start + 3600 * hours, now
+
+    def left(self):
+        """Seconds to the end."""
+        return self.end - self.now()
+
+
+# %% tags=["nbval-ignore-output"]
+accelerator = make_strategy()
+config = suit(config, accelerator)
+clock = Clock(config.hours)
+print(
+    f"{accelerator.name}: {accelerator.replicas} replica(s) in {config.precision}, each with "
+    f"{accelerator.memory / GIBIBYTE:.1f} GiB; {clock.left() / 3600:.2f} hours left"
+)
+
+# %% [markdown]
+# What this session does:
+
+# %% tags=["nbval-ignore-output"]
 for field, value in dataclasses.asdict(config).items():
     print(f"{field:25} {value}")
 
@@ -481,12 +653,50 @@ present = labels != ""
 print(f"{labels.size:,} rows, {len(labels):,} images, {present.to_numpy().sum():,} masks")
 print("Classes per image:", present.sum(axis=1).value_counts().sort_index().to_dict())
 
+
+# %%
+def write_submission(rles, sample_path, path):
+    """Write the encodings `rles`, a dictionary, as the rows of sample_submission.csv in its order.
+
+    A row without an encoding gets the empty mask.
+    """
+    table = read_rows(sample_path, SUBMISSION_SIZE)[["Image_Label", "EncodedPixels"]]
+    table["EncodedPixels"] = [rles.get(label, "") for label in table["Image_Label"]]
+    write_whole(path, table.to_csv(index=False))
+
+
+def check_submission(path, sample_path):
+    """Read a submission and return it, with read_rows's columns.
+
+    Raises ValueError, which names the file and the row, unless it has the rows of the sample in its
+    order, and valid encodings at SUBMISSION_SIZE.
+    """
+    table, sample = read_rows(path, SUBMISSION_SIZE), read_rows(sample_path, SUBMISSION_SIZE)
+    rows = itertools.zip_longest(table["Image_Label"], sample["Image_Label"])
+    for line, (label, expected) in enumerate(rows, start=2):
+        if label != expected:
+            raise ValueError(f"{path}, line {line}: {label}, where {sample_path} has {expected}.")
+    return table
+
+
 # %%
 sample_path = source / "sample_submission.csv"
 test_names = read_rows(sample_path, SUBMISSION_SIZE)["image"].unique()
 check_images(source / "test_images", test_names)
 test_paths = [source / "test_images" / name for name in test_names]
 print(f"{len(test_names):,} test images")
+
+# %% [markdown]
+# Whatever happens later, there is a file to hand in from here on: empty masks, until better ones
+# replace them.
+
+# %% tags=["nbval-ignore-output"]
+submission_path = output / "submission.csv"
+if submission_path.exists():
+    print("There is a submission already; it stays until this session has another.")
+else:
+    write_submission({}, sample_path, submission_path)
+    print(f"{submission_path} has empty masks only.")
 
 # %% [markdown]
 # Below, the share of images that hold a class (the diagonal), and that hold both of two classes
@@ -540,19 +750,37 @@ class Run:
         """The file of the weights of the "baseline", the "classifier" or the "unet"."""
         return self.folder / f"{network}-{self.name}.weights.h5"
 
+    def has_weights(self, networks):
+        """Whether the files of the weights of these networks are there."""
+        return all(self.weights(network).is_file() for network in networks)
+
 
 def name_encoder(encoder):
     """An encoder's name; coefficients of width and depth are turned into one."""
     return encoder if isinstance(encoder, str) else "efficientnet-{}-{}".format(*encoder)
 
 
-def list_runs(config, output):
-    """A Run for each encoder and each held-out fold that the configuration names."""
+def list_runs(config, output, earlier=()):
+    """A Run for each encoder and each held-out fold that the configuration names.
+
+    If training is switched off, these are runs of `earlier`. Raises FileNotFoundError for one whose
+    weights are not there.
+    """
     encoders, held_out = config.encoders or (config.encoder,), config.folds_to_run or (config.fold,)
-    return [
+    runs = [
         Run(replace(config, encoder=encoder, encoders=(), fold=fold, folds_to_run=()), output, {})
         for encoder, fold in itertools.product(encoders, held_out)
     ]
+    if config.train:
+        return runs
+    trained = {run.name: run for run in earlier if run.has_weights(("baseline", *NETWORKS))}
+    if lacking := [run.name for run in runs if run.name not in trained]:
+        raise FileNotFoundError(
+            f"Training is switched off, and there are no weights of {', '.join(lacking)}. Attach "
+            "the output of the session that trained them, or set train to True."
+        )
+    trained = [trained[run.name] for run in runs]
+    return [replace(run, config=replace(run.config, train=False), results={}) for run in trained]
 
 
 # %%
@@ -581,7 +809,7 @@ def read_results(path):
 
 
 def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input")):
-    """The runs of earlier sessions, from the folders of CLOUDS_EARLIER, of `chosen` or of `mount`.
+    """The results of earlier sessions, in the folders of CLOUDS_EARLIER, `chosen` or `mount`.
 
     CLOUDS_EARLIER separates folders like PATH does. Raises FileNotFoundError for a folder without
     results.json.
@@ -593,7 +821,7 @@ def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input"
         paths = sorted([*mount.glob("*/results.json"), *mount.glob("*/*/*/results.json")])
     if lacking := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"There is no {', no '.join(lacking)}.")
-    return [run for path in paths for run in read_results(path)]
+    return paths
 
 
 # %%
@@ -614,17 +842,63 @@ def choose_members(runs, earlier, folds):
     split = runs[0].config.folds, runs[0].config.seed
     fitting = [run for run in earlier if (run.config.folds, run.config.seed) == split]
     fitting = [run for run in fitting if run.results["images"] == (folds == run.config.fold).sum()]
-    weighed = [run for run in fitting if all(run.weights(name).is_file() for name in NETWORKS)]
-    return without_repeats([*runs, *weighed])
+    return without_repeats([*runs, *(run for run in fitting if run.has_weights(NETWORKS))])
 
 
 # %% tags=["nbval-ignore-output"]
-runs = list_runs(config, output)
-earlier = find_earlier(earlier_folders)
+earlier_results = find_earlier(earlier_folders)
+earlier_sessions = [path.parent for path in earlier_results]
+earlier = [run for path in earlier_results for run in read_results(path)]
+runs = list_runs(config, output, earlier)
 members = choose_members(runs, earlier, folds)
+if not (output / "results.json").exists():  # by which this session is known if it ends early
+    write_whole(output / "results.json", json.dumps({"notebook": TITLE, "runs": []}))
 print("Trained here:", ", ".join(run.name for run in runs))
 print("Earlier runs:", ", ".join(f"{run.name} in {run.folder}" for run in earlier) or "none")
 print("Predicting together:", ", ".join(run.name for run in members))
+
+# %% [markdown]
+# ImageNet's weights are a file for each encoder. It is looked for where Keras keeps its downloads,
+# then among the datasets attached on Kaggle, and at last downloaded: now, so that a session that
+# cannot get them ends here and not when training begins.
+
+
+# %%
+def find_weights(config, mount=Path("/kaggle/input"), home=None):
+    """The path of the HDF5 file of the encoder's initial weights, None for random ones.
+
+    Raises FileNotFoundError, naming the three ways to get them, if there are no ImageNet weights,
+    and ValueError if there cannot be any for this encoder.
+    """
+    if config.encoder_weights != "imagenet":
+        return config.encoder_weights
+    encoder, source = name_encoder(config.encoder), efficientnet.model
+    model = encoder.replace("efficientnet", "efficientnet-")
+    if model not in source.WEIGHTS_HASHES:
+        raise ValueError(f"{encoder} has no ImageNet weights; set encoder_weights to None.")
+    name = model + "_weights_tf_dim_ordering_tf_kernels_autoaugment_notop.h5"
+    names, folder = (name, f"{model}_imagenet_1000_notop.h5"), (home or Path.home()) / ".keras"
+    if (folder / "models" / name).is_file():
+        return str(folder / "models" / name)
+    if attached := sorted(path for name in names for path in mount.rglob(name)):
+        return str(attached[0])
+    url, checksum = source.BASE_WEIGHTS_PATH + name, source.WEIGHTS_HASHES[model][1]
+    try:
+        return tf.keras.utils.get_file(
+            name, url, file_hash=checksum, cache_subdir="models", cache_dir=str(folder)
+        )
+    except Exception as error:  # Keras raises no narrower one
+        raise FileNotFoundError(
+            f"There are no ImageNet weights for {encoder}. Switch the session's internet access "
+            f"on, so that {url} can be downloaded; or attach a dataset with {' or '.join(names)}, "
+            f"such as efficientnet-keras-weights-b0b5; or put {name} into {folder / 'models'}. "
+            f"({error})"
+        ) from None
+
+
+# %% tags=["nbval-ignore-output"]
+starts = {run.name: find_weights(run.config) for run in runs if config.train}
+print("\n".join(f"{name} starts from {path or 'random weights'}" for name, path in starts.items()))
 
 # %% [markdown]
 # ## Look at the images
@@ -649,21 +923,29 @@ def read_image(path, size):
         raise ValueError(f"{path} is not an image that can be decoded.")
     if image.shape[:2] != tuple(size):
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def read_plane(rles, size):
     """The masks of one image as a plane, uint8 (height, width), whose bit c is class c.
 
-    `rles` are the classes' run-length encodings at ORIGINAL_SIZE. A pixel of the plane takes the
-    value at its centre.
+    `rles` are the classes' run-length encodings at ORIGINAL_SIZE, which `size` must not exceed. A
+    pixel of the plane takes the value at its centre.
     """
-    plane = np.zeros(ORIGINAL_SIZE, np.uint8, order="F")
+    rows, columns = (
+        (2 * np.arange(short) + 1) * long // (2 * short) for long, short in zip(ORIGINAL_SIZE, size)
+    )
+    rows_before = np.searchsorted(rows, np.arange(ORIGINAL_SIZE[0] + 1))
+    columns_before = np.searchsorted(columns, np.arange(ORIGINAL_SIZE[1] + 2))
+    plane = np.zeros(math.prod(size), np.uint8)
     for bit, rle in enumerate(rles):
-        if rle:
-            plane |= decode_rle(rle, ORIGINAL_SIZE) << bit
-    # Transposed, the column-major plane is an image in OpenCV's row-major order.
-    return cv2.transpose(cv2.resize(plane.T, size, interpolation=cv2.INTER_NEAREST_EXACT))
+        if rle:  # the pixels taken are in the order of those of the image, so that runs stay runs
+            column, row = np.divmod(parse_rle(rle, ORIGINAL_SIZE).ravel(), ORIGINAL_SIZE[0])
+            taken = columns_before[column + 1] > columns_before[column]
+            borders = columns_before[column] * size[0] + taken * rows_before[row]
+            lengths = np.diff(borders, prepend=0, append=plane.size)
+            plane |= np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2 << bit, lengths)
+    return cv2.transpose(plane.reshape(size[::-1]))
 
 
 def split_plane(plane):
@@ -709,7 +991,7 @@ AS_IS = -1  # the draw of an example that is not augmented
 
 
 def make_augmentation(config, draw):
-    """albumentations' transform for one example: called with image and mask, it returns both."""
+    """albumentations' transforms for one example, to be applied one after the other."""
     chance = config.augmentation_probability
     transforms = [
         albumentations.HorizontalFlip(p=chance),
@@ -717,26 +999,56 @@ def make_augmentation(config, draw):
         albumentations.Rotate(limit=config.rotation_limit, p=chance),
         albumentations.GridDistortion(p=chance),
     ]
-    augmentation = albumentations.Compose(transforms)
-    # One stream of chance for all: given a seed, Compose would start the same stream anew for each
-    # transform, and either all of them would happen or none.
-    augmentation.set_random_state(np.random.default_rng(draw), random.Random(draw))
-    return augmentation
+    # One stream of chance for all: with a stream each, all would start with the same number, and
+    # either all of them would happen or none.
+    streams = np.random.default_rng(draw), random.Random(draw)
+    for transform in transforms:
+        transform.set_random_state(*streams)
+    return transforms
 
 
-def load_example(config, path, rles=None, draw=AS_IS):
-    """One image, uint8 (height, width, 3), and its masks, uint8 (height, width, classes).
+def find_sources(rotate, distort, size):
+    """Where an image of `size` takes its pixels from: columns and rows, float32 (height, width).
+
+    albumentations draws the rotation and the distortion. As its distortion moves whole columns and
+    whole rows, both together are sums of a vector along x and one along y. None if neither happens.
+    """
+    shape, affine = {"shape": size}, np.eye(3)
+    columns, rows = np.arange(size[1])[None], np.arange(size[0])[:, None]
+    rotated = rotate.should_apply()
+    if rotated:
+        affine = np.linalg.inv(rotate.get_params_dependent_on_data(shape, {})["matrix"])
+    distorted = distort.should_apply()
+    if distorted:
+        maps = distort.get_params_dependent_on_data(shape, {})
+        columns, rows = maps["map_x"][:1], maps["map_y"][:, :1]
+    if not (rotated or distorted):
+        return None
+    along_x, along_y, shift = affine[:2].T[..., None, None]
+    return np.float32(along_x * columns) + np.float32(along_y * rows + shift)
+
+
+def load_example(config, path, rles=None):
+    """One image, uint8 (height, width, 3), and its plane of masks, uint8 (height, width).
 
     Where no `rles` are given, the image is alone in the tuple.
     """
     image = read_image(path, config.image_size)
-    if rles is None:
-        return (image,)
-    plane = read_plane(rles, config.image_size)
-    if draw != AS_IS:
-        augmented = make_augmentation(config, int(draw))(image=image, mask=plane)
-        image, plane = augmented["image"], augmented["mask"]
-    return image, split_plane(plane)
+    return (image,) if rles is None else (image, read_plane(rles, config.image_size))
+
+
+def augment(config, image, plane, draw):
+    """An image and its plane of masks, augmented by a draw unless that is AS_IS."""
+    if draw == AS_IS:
+        return image, plane
+    *flips, rotate, distort = make_augmentation(config, int(draw))
+    for flip in flips:
+        image, plane = flip(image=image, mask=plane).values()
+    sources = find_sources(rotate, distort, config.image_size)
+    if sources is not None:  # one warp for both
+        image = cv2.remap(image, *sources, cv2.INTER_LINEAR)
+        plane = cv2.remap(plane, *sources, cv2.INTER_NEAREST)
+    return image, plane
 
 
 # %%
@@ -747,36 +1059,56 @@ def plan_epoch(count, epoch, seed):
     return generator.permutation(np.column_stack([np.tile(np.arange(count), 2), draws]))
 
 
-def make_dataset(config, paths, labels=None, training=False):
-    """A tf.data.Dataset of batches, decoded in parallel threads and prefetched.
+def plan_once(count, batch_size):
+    """The examples of one pass in order, the last one again and again until its batch is full."""
+    indices = np.minimum(np.arange(-(-count // batch_size) * batch_size), count - 1)
+    return np.column_stack([indices, np.full(len(indices), AS_IS)])
 
-    For training, images and masks without end, epoch after epoch, all batches full. Else every
-    image once, in order, the last batch being smaller: images and masks, or images alone where
-    `labels`, the table of encodings in the order of `paths`, is None.
+
+# %%
+CACHE_SHARE = 0.4  # of the memory that is free when a dataset is made
+
+
+def make_dataset(config, paths, labels=None, first=None):
+    """A tf.data.Dataset of full batches, decoded in parallel threads and prefetched.
+
+    Its elements are images, uint8 (batch, height, width, 3), and their planes of masks (batch,
+    height, width); without `labels`, the table of encodings in the order of `paths`, a tuple of
+    images alone. Given a number `first`, the examples are those of training from that one on, epoch
+    after epoch without end. Else every image once, in order; the last one fills up its batch.
+    Labelled images are decoded once if all of them fit into the memory.
     """
     cv2.setNumThreads(1)  # examples run in parallel, their parts need not
-    depths = (3,) if labels is None else (3, len(CLASSES))
+    shapes = [(*config.image_size, 3), config.image_size][: 1 if labels is None else 2]
+    needed = len(paths) * math.prod(config.image_size) * 4
+    cache = {} if labels is not None and needed < CACHE_SHARE * free_memory() else None
 
     def plan():
-        if training:
-            for epoch in itertools.count():
-                yield from plan_epoch(len(paths), epoch, config.seed)
+        if first is None:
+            yield from plan_once(len(paths), config.batch_size)
         else:
-            yield from ((index, AS_IS) for index in range(len(paths)))
+            current, skipped = divmod(first, 2 * len(paths))
+            for epoch in itertools.count(current):
+                yield from plan_epoch(len(paths), epoch, config.seed)[skipped:]
+                skipped = 0
 
     def load(example):
         index, draw = example
+        if cache is not None and index in cache:
+            return augment(config, *cache[index], draw)
         rles = None if labels is None else labels.iloc[index]
-        return load_example(config, paths[index], rles, draw)
+        parts = load_example(config, paths[index], rles)
+        if cache is not None:
+            cache[index] = parts
+        return parts if rles is None else augment(config, *parts, draw)
 
     def load_in_graph(example):
-        arrays = tf.numpy_function(load, [example], [tf.uint8] * len(depths))
-        shapes = [(*config.image_size, depth) for depth in depths]
+        arrays = tf.numpy_function(load, [example], [tf.uint8] * len(shapes))
         return tuple(tf.ensure_shape(array, shape) for array, shape in zip(arrays, shapes))
 
     examples = tf.data.Dataset.from_generator(plan, output_signature=tf.TensorSpec(2, tf.int64))
     examples = examples.map(load_in_graph, num_parallel_calls=config.threads)
-    return examples.batch(config.batch_size).prefetch(2)
+    return examples.batch(config.batch_size, drop_remainder=True).prefetch(2)
 
 
 # %% [markdown]
@@ -804,8 +1136,9 @@ small = replace(config, image_size=SUBMISSION_SIZE)
 chosen = present.sum(axis=1).idxmax()  # the image with the most classes
 figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
 for axes, draw in zip(panels.flat, [AS_IS, 1, 3, 4, 6, 7]):
-    image, masks = load_example(small, train_folder / chosen, labels.loc[chosen], draw)
-    outline(axes, image, masks, "as it is" if draw == AS_IS else f"draw {draw}")
+    pair = load_example(small, train_folder / chosen, labels.loc[chosen])
+    image, plane = augment(small, *pair, draw)
+    outline(axes, image, split_plane(plane), "as it is" if draw == AS_IS else f"draw {draw}")
 add_legend(figure)
 figure.savefig(output / "augmentation.png")
 plt.show()
@@ -821,19 +1154,17 @@ def split_images(config, labels, folds, folder):
     return [([folder / name for name in rows.index], rows) for rows in parts]
 
 
-def make_data(config, labels, folds, folder):
-    """The datasets for training and validation, and the number of training steps in an epoch."""
-    training, validation = split_images(config, labels, folds, folder)
-    steps = math.ceil(2 * len(training[0]) / config.batch_size)
-    return make_dataset(config, *training, training=True), make_dataset(config, *validation), steps
+def count_steps(config, count):
+    """The number of training steps in an epoch over `count` images, each of them taken twice."""
+    return math.ceil(2 * count / config.batch_size)
 
 
 # %%
 labelled = labels, folds, train_folder
-(training_paths, _), (validation_paths, _) = split_images(runs[0].config, *labelled)
-images, masks = next(iter(make_data(runs[0].config, *labelled)[0]))
-print(f"{len(training_paths)} training and {len(validation_paths)} validation images")
-print("images", images.shape, images.dtype.name, "masks", masks.shape, masks.dtype.name)
+training, validation = split_images(runs[0].config, *labelled)
+images, planes = next(iter(make_dataset(runs[0].config, *training, first=0)))
+print(f"{len(training[0])} training and {len(validation[0])} validation images")
+print("images", images.shape, images.dtype.name, "planes", planes.shape, planes.dtype.name)
 
 # %% [markdown]
 # ## Build the networks
@@ -868,7 +1199,10 @@ def make_input(size):
     """Keras's tensors of images, uint8 (batch, height, width, 3), and of these normalised."""
     images = tf.keras.layers.Input((*size, 3), dtype=tf.uint8, name="images")
     variance = np.square(IMAGENET_DEVIATION)
-    return images, tf.keras.layers.Normalization(mean=IMAGENET_MEAN, variance=variance)(images)
+    normalise = tf.keras.layers.Normalization(
+        mean=IMAGENET_MEAN, variance=variance, dtype="float32"
+    )
+    return images, normalise(images)
 
 
 # %%
@@ -880,18 +1214,55 @@ def set_momentum(network, config):
 
 
 def register_encoder(config):
-    """The name of the encoder in segmentation-models, to which coefficients are made known.
-
-    Raises ValueError where ImageNet weights are asked for that do not exist.
-    """
+    """The name of the encoder in segmentation-models, to which coefficients are made known."""
     name, known = name_encoder(config.encoder), segmentation_models.Backbones
     if name != config.encoder:
-        if config.encoder_weights == "imagenet":
-            raise ValueError(f"{name} has no ImageNet weights; set encoder_weights to None.")
         scaled = functools.partial(efficientnet.model.EfficientNet, *config.encoder, None)
         known._models_update[name] = [scaled, efficientnet.model.preprocess_input]
         known._default_feature_layers[name] = known._default_feature_layers["efficientnetb0"]
     return name
+
+
+# %%
+class StochasticDepth(tf.keras.layers.Layer):
+    """Leave out the layers before it for a random share `rate` of the images in training.
+
+    As the package's own, but its chance depends on nothing but the layer's name and the number of
+    the training step, so that a training that was interrupted goes on as it would have, on any
+    device. `steps` is a function that returns that number.
+    """
+
+    def __init__(self, rate, noise_shape=None, name=None):
+        super().__init__(name=name)
+        self.rate, self.steps = rate, lambda: 0
+
+    def call(self, inputs, training=None):
+        """Inputs (batch, ...) of which a share is 0 and the others are scaled up."""
+        if not training:
+            return inputs
+        context, shape = tf.distribute.get_replica_context(), tf.shape(inputs)
+        draw = tf.cast(self.steps(), tf.int32) * context.num_replicas_in_sync
+        seed = [zlib.crc32(self.name.encode()) >> 1, draw + context.replica_id_in_sync_group]
+        size = tf.concat([shape[:1], tf.ones_like(shape[1:])], axis=0)
+        kept = tf.random.stateless_uniform(size, seed) >= self.rate
+        return inputs * tf.cast(kept, inputs.dtype) / (1 - self.rate)
+
+
+def list_layers(model):
+    """The layers of a network, and those of the networks in it."""
+    parts = [list_layers(part) if hasattr(part, "layers") else [part] for part in model.layers]
+    return list(itertools.chain(*parts))
+
+
+def adapt_encoder():
+    """Let the encoders that are built within this context have our StochasticDepth, and a swish
+    that keeps one map for its derivative; the package's own keeps two with legacy Keras.
+    """
+    return mock.patch.multiple(
+        efficientnet.model,
+        get_dropout=lambda **modules: StochasticDepth,
+        get_swish=lambda **modules: tf.nn.swish,
+    )
 
 
 # %% [markdown]
@@ -935,8 +1306,9 @@ def build_classifier(config):
         images, normalised = make_input(size)
         get_backbone = segmentation_models.Backbones.get_backbone
         build_encoder = segmentation_models.inject_global_submodules(get_backbone)
-        weights = {"weights": config.encoder_weights, "include_top": False}
-        encoder = build_encoder(register_encoder(config), input_shape=(*size, 3), **weights)
+        weights = {"weights": find_weights(config), "include_top": False}
+        with adapt_encoder():
+            encoder = build_encoder(register_encoder(config), input_shape=(*size, 3), **weights)
         set_momentum(encoder, config)
         average = layers.GlobalAveragePooling2D(dtype="float32", name="average")
         logits = layers.Dense(len(CLASSES), dtype="float32", name="logits")
@@ -962,13 +1334,14 @@ def build_efficient_unet(config):
     """
     with use_precision(config.precision):
         images, normalised = make_input(config.image_size)
-        unet = segmentation_models.Unet(
-            register_encoder(config),
-            input_shape=(*config.image_size, 3),
-            encoder_weights=config.encoder_weights,
-            classes=len(CLASSES) + (config.activation == "softmax"),
-            activation="linear",
-        )
+        with adapt_encoder():
+            unet = segmentation_models.Unet(
+                register_encoder(config),
+                input_shape=(*config.image_size, 3),
+                encoder_weights=find_weights(config),
+                classes=len(CLASSES) + (config.activation == "softmax"),
+                activation="linear",
+            )
         set_momentum(unet, config)
         for layer in unet.layers:
             if isinstance(layer, tf.keras.layers.UpSampling2D):
@@ -986,12 +1359,126 @@ blocks = {"images": model.layers[0], **blocks, "probabilities": model.layers[-1]
 shapes = {name: layer.get_output_shape_at(0)[1:] for name, layer in blocks.items()}
 pd.DataFrame(shapes, ["height", "width", "channels"]).T
 
+# %% [markdown]
+# How much of them does the accelerator hold? From the layers follows what a training step keeps for
+# the way back: the inputs of convolutions, batch normalisations and products, and what activations
+# need for their derivative. To this come what is at work at the largest layer, and for each weight
+# its gradient and the optimiser's two averages. The largest batch that fits is taken, up to the one
+# that is configured. The learning rate follows the square root of the batch, as is
+# [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam.
+
+
 # %%
-counts = {}
-for encoder, one in {run.config.encoder: run.config for run in runs}.items():
-    networks = build_classifier(one), build_efficient_unet(one)
-    counts[name_encoder(encoder)] = [f"{network.count_params():,}" for network in networks]
-pd.DataFrame(counts, ["parameters of the classifier", "parameters of EfficientUNet"]).T
+KEEP_INPUTS = ("Conv2D", "DepthwiseConv2D", "BatchNormalization", "Multiply", "UpSampling2D")
+AT_WORK = 1.3  # times the largest layer's maps in float32, in which bilinear upsampling works
+FOR_WEIGHTS = 16  # bytes for a float32 weight, its gradient and rectified Adam's two averages
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs."""
+
+    parameters: int
+    operations: int  # multiplications and additions to predict an image, in layers with weights
+    memory: int  # bytes for each image of a training step, besides those for the weights
+
+    def step_memory(self, images):
+        """The bytes of a training step with a number of images."""
+        return FOR_WEIGHTS * self.parameters + images * self.memory
+
+
+def count_bytes(tensors, dtype):
+    """The bytes of Keras's tensors for one image."""
+    numbers = sum(math.prod(size or 1 for size in tensor.shape[1:]) for tensor in tensors)
+    return numbers * tf.as_dtype(dtype).size
+
+
+def measure_network(model):
+    """The Footprint of a network, counted from its layers."""
+    operations, kept, largest = 0, {}, 0
+    for layer in list_layers(model):
+        kind, dtype = type(layer).__name__, layer.compute_dtype
+        inputs, outputs = map(tf.nest.flatten, (layer.get_input_at(0), layer.get_output_at(0)))
+        if weights := [weight for weight in layer.weights if "kernel" in weight.name]:
+            operations += 2 * math.prod(outputs[0].shape[1:-1]) * math.prod(weights[0].shape)
+        needed = inputs if kind in KEEP_INPUTS else []
+        if kind == "Activation":
+            needed = inputs if layer.activation is tf.nn.swish else outputs
+        kept |= {id(tensor): count_bytes([tensor], dtype) for tensor in needed}
+        largest = max(largest, count_bytes([*inputs, *outputs], "float32"))
+    memory = sum(kept.values()) + AT_WORK * largest
+    return Footprint(model.count_params(), operations, round(memory))
+
+
+def build_network(config, network):
+    """The network named "unet", or for "baseline" and "classifier" the classifier."""
+    return build_efficient_unet(config) if network == "unet" else build_classifier(config)
+
+
+@functools.lru_cache
+def find_footprint(config, network):
+    """The Footprint of the "classifier" or the "unet" of a configuration."""
+    return measure_network(build_network(replace(config, encoder_weights=None), network))
+
+
+# %%
+MEMORY_SHARE = 0.8  # of a device; the rest is for TensorFlow and for gaps between tensors
+
+
+def suggest_fitting(config, memory):
+    """A sentence on the encoders and the image size with which one image would fit."""
+    footprints = {name: find_footprint(replace(config, encoder=name), "unet") for name in ENCODERS}
+    names = [name for name, cost in footprints.items() if cost.step_memory(1) <= memory]
+    own = find_footprint(config, "unet")
+    scale = math.sqrt(max(0, memory - own.step_memory(0)) / own.memory)
+    size = tuple(int(length * scale) // 32 * 32 for length in config.image_size)
+    return f"What would: an image size of {size}, or the encoders {', '.join(names) or 'none'}."
+
+
+def fit_batch(accelerator, config, network, wanted):
+    """The largest batch up to `wanted` that the accelerator holds, as many images on each replica.
+
+    Raises MemoryError, which says what would fit, if a replica cannot hold a single one.
+    """
+    cost, memory = find_footprint(config, network), MEMORY_SHARE * accelerator.memory
+    fitting = int((memory - cost.step_memory(0)) // cost.memory)
+    if fitting < 1:
+        raise MemoryError(
+            f"A training step of the {network} with {name_encoder(config.encoder)} takes "
+            f"{cost.step_memory(1) / GIBIBYTE:.1f} GiB for one image, and each device of "
+            f"{accelerator.name} has {accelerator.memory / GIBIBYTE:.1f}, of which "
+            f"{MEMORY_SHARE:.0%} are used. {suggest_fitting(config, memory)}"
+        )
+    return max(1, min(fitting, wanted // accelerator.replicas)) * accelerator.replicas
+
+
+def fit_run(run, config, accelerator):
+    """A run with its batches, precision and threads as this session's accelerator has them."""
+    own = replace(run.config, precision=config.precision, threads=config.threads)
+    batch_size = fit_batch(accelerator, own, "unet", own.batch_size)
+    wanted = own.classifier_batch_size
+    own = replace(
+        own,
+        batch_size=batch_size,
+        classifier_batch_size=fit_batch(accelerator, own, "classifier", wanted),
+    )
+    return replace(run, config=own)
+
+
+# %%
+members = [fit_run(run, config, accelerator) for run in members]
+runs = members[: len(runs)]  # ours lead the members
+footprints = {}
+for run, network in itertools.product(runs, NETWORKS):
+    cost, one = find_footprint(run.config, network), run.config
+    batch_size = one.batch_size if network == "unet" else one.classifier_batch_size
+    footprints[name_encoder(one.encoder), network] = {
+        "parameters": f"{cost.parameters:,}",
+        "billion operations for an image": round(cost.operations / 1e9, 2),
+        "images in a step": batch_size,
+        "GiB for a step": round(cost.step_memory(batch_size // accelerator.replicas) / 2**30, 2),
+    }
+pd.DataFrame(footprints).T
 
 # %% [markdown]
 # ## Measure and optimise
@@ -1046,6 +1533,13 @@ def exclude_overlaps(masks):
     return tf.one_hot(winner, len(CLASSES) + 1, dtype=masks.dtype)
 
 
+def split_planes(planes):
+    """The masks of planes (batch, height, width): uint8 (batch, height, width, classes)."""
+    bits = tf.constant(np.arange(len(CLASSES)), planes.dtype)
+    shifted = tf.bitwise.right_shift(planes[..., None], bits)
+    return tf.bitwise.bitwise_and(shifted, tf.ones_like(shifted))
+
+
 def soft_dice(truth, probabilities, smoothing):
     """Smoothed Dice coefficients (batch, classes) of maps (batch, height, width, classes)."""
     overlap = tf.reduce_sum(truth * probabilities, axis=(1, 2))
@@ -1086,27 +1580,80 @@ CLASSIFIER_LOSS = {"softmax": "categorical_crossentropy", "sigmoid": "binary_cro
 
 
 # %%
-def make_optimizer(config, total_steps):
-    """Rectified Adam, rising to `config.learning_rate` and falling to a hundredth of it."""
+LEARNING_RATE_BATCH = 32  # images per training step that `Config.learning_rate` is meant for
+
+
+def make_optimizer(config, total_steps, weights):
+    """Rectified Adam for a network's weights, its rate rising and then falling to a hundredth.
+
+    It comes in Keras's wrapper that scales the loss, by 1 unless the layers compute in float16.
+    """
     older = tf.keras.optimizers.legacy.Optimizer
     with mock.patch("tensorflow.keras.optimizers.Optimizer", older):
         from keras_radam import RAdam
-    return RAdam(
-        config.learning_rate,
+    rate = config.learning_rate * math.sqrt(config.batch_size / LEARNING_RATE_BATCH)
+    optimizer = RAdam(
+        rate,
         total_steps=total_steps,
         warmup_proportion=config.warmup_proportion,
-        min_lr=config.learning_rate / 100,
+        min_lr=rate / 100,
     )
+    scale = {} if config.precision == "mixed_float16" else {"dynamic": False, "initial_scale": 1}
+    optimizer = tf.keras.mixed_precision.LossScaleOptimizer(optimizer, **scale)
+    optimizer._create_all_weights(weights)  # or else the first step would be traced twice
+    return optimizer
 
 
 # %% [markdown]
 # ## Train
 #
-# Both networks are trained by the same function. Each training has an optimiser of its own, so that
-# no warm-up or momentum leaks from one into the next. After every epoch the history is written, and
-# the weights if the validation loss is the lowest so far; these are loaded again at the end. A line
-# now and then says how far the work is and how long it will take. The first step takes a minute,
-# because TensorFlow builds its graph.
+# Both networks are trained by the same function. A step gives each replica its part of the batch
+# and adds up their gradients. Each training has an optimiser of its own, so that no warm-up or
+# momentum leaks from one into the next. A line now and then says how far the work is and how long
+# it will take. The first step takes a minute, because TensorFlow builds its graph.
+
+
+# %%
+def distribute(strategy, function):
+    """A function of batches, computed by each replica on its part; the results are joined again."""
+    compiled = tf.function(lambda *parts: strategy.run(function, parts), autograph=False)
+    replicas = strategy.num_replicas_in_sync
+
+    def compute(*batch):
+        if replicas == 1:
+            return compiled(*batch)
+        with tf.device("CPU"):
+            pieces = [tf.split(part, replicas) for part in batch]
+        place = strategy.experimental_distribute_values_from_function
+        parts = [
+            place(lambda context, own=own: own[context.replica_id_in_sync_group]) for own in pieces
+        ]
+        results = strategy.experimental_local_results(compiled(*parts))
+        with tf.device("CPU"):
+            return tf.concat(results, axis=0)
+
+    return compute
+
+
+def make_step(model, loss, optimizer, replicas):
+    """A training step of a replica: a function of images and planes that returns their losses.
+
+    The gradients of all replicas are added up, so that each contributes its share of the mean.
+    """
+    for layer in list_layers(model):
+        if isinstance(layer, StochasticDepth):
+            layer.steps = lambda: optimizer.iterations
+
+    def step(images, planes):
+        with tf.GradientTape() as tape:
+            losses = loss(planes, model(images, training=True))
+            scaled = optimizer.get_scaled_loss(tf.reduce_mean(losses) / replicas)
+        gradients = tape.gradient(scaled, model.trainable_variables)
+        gradients = optimizer.get_unscaled_gradients(gradients)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+        return losses
+
+    return step
 
 
 # %%
@@ -1116,65 +1663,259 @@ class Progress:
     The time left is taken from the second step on, as the first one builds TensorFlow's graph.
     """
 
-    def __init__(self, title, total, pause=30.0):
-        self.title, self.total, self.pause, self.done = title, total, pause, 0
+    def __init__(self, title, total, done=0, pause=30.0):
+        self.title, self.total, self.pause = title, total, pause
+        self.done, self.first = done, done + 1
 
     def advance(self, note=""):
         """Count one of `total` as done."""
         self.done += 1
         now = time.monotonic()
-        if self.done == 1:
+        if self.done == self.first:
             self.start = self.last = now
         elif now - self.last >= self.pause or self.done == self.total:
-            left = (now - self.start) / (self.done - 1) * (self.total - self.done) / 60
+            pace = (now - self.start) / (self.done - self.first)
+            left = pace * (self.total - self.done) / 60
             print(f"{self.title} {self.done} of {self.total}, {left:.1f} min left {note}".strip())
             self.last = now
 
 
+# %% [markdown]
+# After every epoch a training leaves its history, its best weights so far, and its state: all
+# weights, the optimiser and the number of steps done. Started again in the same folder, or with
+# that folder attached as an input, it goes on from there, with the same examples and the same
+# chances as if it had not stopped. It does so only if everything that shapes it is the same: the
+# configuration, the number of epochs and the labels.
+
+
 # %%
-class Record(tf.keras.callbacks.Callback):
-    """Keep the best weights of a training in `weights_path`, and its history beside them."""
+NOT_SHAPING = (  # fields of Config that a training does not depend on
+    *("encoders", "folds_to_run", "gate_recall", "flips", "decision"),
+    *("train", "hours", "threads"),
+)
 
-    def __init__(self, weights_path):
-        super().__init__()
-        self.weights_path = weights_path
+
+def describe_training(config, epochs, parts):
+    """What shapes a training, for JSON: its configuration, its epochs and its labels."""
+    fields = {**dataclasses.asdict(config), "epochs": epochs}
+    settings = {name: value for name, value in fields.items() if name not in NOT_SHAPING}
+    hashes = [int(pd.util.hash_pandas_object(rows).sum()) for _, rows in parts]
+    return json.loads(json.dumps({**settings, "labels": hashes}))
+
+
+class Record:
+    """What a training leaves, and goes on from when it is started again.
+
+    The best weights are in `weights_path`; beside them are the history and a folder of the state.
+    """
+
+    def __init__(self, weights_path, settings, model, optimizer):
+        self.weights_path, self.settings = weights_path, settings
+        self.model, self.optimizer = model, optimizer
         self.name = weights_path.name.removesuffix(".weights.h5")
+        self.history_path = weights_path.with_name(f"{self.name}.csv")
+        self.folder = weights_path.with_name(f"{self.name}.state")
+        self.epochs, self.finished = [], False
+        self.steps = tf.Variable(0, trainable=False, dtype=tf.int64)
+        parts = {"model": model, "optimizer": optimizer, "steps": self.steps}
+        self.manager = tf.train.CheckpointManager(
+            tf.train.Checkpoint(**parts), str(self.folder), max_to_keep=1
+        )
 
-    def on_train_begin(self, logs=None):
-        self.epochs, self.best = [], math.inf
-        total = self.params["epochs"] * self.params["steps"]
-        self.progress = Progress(f"{self.name}: step", total)
+    def read_settings(self, folder):
+        """What shaped the training whose state is in a folder, and whether it is finished."""
+        path = folder / self.folder.name / "settings.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        return settings.pop("finished", False), settings
 
-    def on_train_batch_end(self, batch, logs=None):
-        self.progress.advance(f"(loss {logs['loss']:.4f})")
+    def write_settings(self, finished):
+        """Say what shapes this training, and whether it is finished."""
+        text = json.dumps({**self.settings, "finished": finished}, indent=2)
+        write_whole(self.folder / "settings.json", text)
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.epochs.append({"epoch": epoch + 1, **logs})
-        history = pd.DataFrame(self.epochs).to_csv(index=False)
-        write_whole(self.weights_path.with_name(f"{self.name}.csv"), history)
-        if logs["val_loss"] < self.best:
-            self.best = logs["val_loss"]
+    def resume(self, earlier=()):
+        """Load the state from this folder, or else from one of the folders of `earlier`, if any.
+
+        Returns the number of steps that are done.
+        """
+        here, fitting = self.weights_path.parent, None
+        for folder in (here, *earlier):
+            finished, settings = self.read_settings(folder)
+            if settings == self.settings:
+                self.finished, fitting = finished, folder
+                break
+            if settings:
+                keys = [key for key in self.settings if settings.get(key) != self.settings[key]]
+                print(f"{self.name} in {folder} is not gone on with: other {', '.join(keys)}")
+        if fitting is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            self.write_settings(finished=False)
+            return 0
+        if fitting != here:
+            self.copy_from(fitting)
+        if self.history_path.is_file():
+            self.epochs = pd.read_csv(self.history_path, float_precision="round_trip")
+            self.epochs = self.epochs.to_dict("records")
+        if not self.finished:
+            self.manager.restore_or_initialize()
+            # An interruption may have come between the history and the state.
+            self.epochs = [row for row in self.epochs if row["step"] <= int(self.steps)]
+        return int(self.epochs[-1]["step"]) if self.epochs else 0
+
+    def copy_from(self, folder):
+        """Copy what another session left in `folder`, the state last."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (self.weights_path, self.history_path):
+            if (folder / path.name).is_file():
+                shutil.copyfile(folder / path.name, path)
+        temporary = self.folder.with_name(f"part.{self.folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder / self.folder.name, temporary)
+        os.replace(temporary, self.folder)
+
+    def add(self, row):
+        """Leave everything after an epoch, a dictionary with "step", "loss" and "val_loss"."""
+        best = min((epoch["val_loss"] for epoch in self.epochs), default=math.inf)
+        self.epochs.append(row)
+        if row["val_loss"] < best:
             temporary = self.weights_path.with_name("part." + self.weights_path.name)
             self.model.save_weights(temporary)
             os.replace(temporary, self.weights_path)
+        write_whole(self.history_path, pd.DataFrame(self.epochs).to_csv(index=False))
+        self.steps.assign(row["step"])
+        self.manager.save()
+
+    def finish(self):
+        """Keep the weights and the history of a training that is complete, without its state."""
+        self.write_settings(finished=True)
+        for path in self.folder.glob("*ckpt*"):
+            path.unlink()
+        (self.folder / "checkpoint").unlink(missing_ok=True)
+
+
+# %% [markdown]
+# The number of steps is planned by the clock: as many as are configured, or as many as fit into the
+# time that the training may take, for which the steps done so far are timed. The learning rate
+# reaches its end at the last planned step.
 
 
 # %%
-def train(config, model, loss, data, epochs, weights_path):
+@dataclass(frozen=True)
+class Session:
+    """What the trainings of a session share."""
+
+    accelerator: Accelerator
+    clock: Clock
+    earlier: tuple = ()  # folders of earlier sessions, whose trainings may be gone on with
+
+    def allow(self, share, reserve, predictions, seconds):
+        """The seconds that a training may take: a share of what is left of the session.
+
+        Kept back are `reserve` seconds and those of a number of predictions of an image, `seconds`
+        each and a quarter more.
+        """
+        return share * (self.clock.left() - reserve - 1.25 * predictions * seconds)
+
+
+class Plan:
+    """The steps of a training, `total`: those that are wanted, or fewer by the clock."""
+
+    def __init__(self, title, epochs, steps, deadline, validation, now):
+        self.title, self.epochs, self.steps, self.total = title, epochs, steps, epochs * steps
+        self.deadline, self.validation, self.now = deadline, validation, now
+        self.timed, self.seconds, self.last, self.told = 0, 0.0, None, None
+
+    def count_step(self):
+        """Time a step. The first one after the start or after a pause is not timed."""
+        moment = self.now()
+        if self.last is not None:
+            self.timed, self.seconds = self.timed + 1, self.seconds + moment - self.last
+        self.last = moment
+
+    def count_validation(self, start):
+        """Time a validation that began at `start`."""
+        self.validation, self.last = self.now() - start, None
+
+    def revise(self, done):
+        """Plan anew after some steps, and tell if the number of epochs is another than before."""
+        left = max(0.0, self.deadline - self.now())
+        if self.timed:
+            each = self.seconds / self.timed
+            epochs, rest = divmod(left, max(self.steps * each + self.validation, 1e-9))
+            more = max(0.0, rest - self.validation) / max(each, 1e-9)
+            self.total = min(self.epochs * self.steps, done + int(epochs * self.steps + more))
+        if self.told != (told := f"{self.total / self.steps:.3g} of {self.epochs} epochs"):
+            print(f"{self.title}: {told} fit into {left / 3600:.2f} hours")
+            self.told = told
+
+
+# %%
+def time_batch(predict, batch, now):
+    """The seconds that each image of a batch takes, once the function is compiled."""
+    predict(*batch)
+    start = now()
+    predict(*batch).numpy()
+    return (now() - start) / len(batch[0])
+
+
+def run_epochs(session, config, loss, parts, epochs, record, allow):
+    """Do the steps of a training that are not done yet, and leave them in its record."""
+    strategy, now = session.accelerator.strategy, session.clock.now
+    model, optimizer, done = record.model, record.optimizer, record.resume(session.earlier)
+    if record.finished:
+        return
+    steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
+    validate = distribute(strategy, lambda images, planes: loss(planes, model(images)))
+    step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
+    validation = make_dataset(config, *parts[1])
+    batches = iter(make_dataset(config, *parts[0], first=done * config.batch_size))
+    image_seconds = time_batch(validate, next(iter(validation)), now)
+    deadline = now() + allow(image_seconds)
+    plan = Plan(record.name, epochs, steps, deadline, count * image_seconds, now)
+    progress = Progress(f"{record.name}: step", plan.total, done)
+    while done < plan.total:
+        losses = []
+        while done < plan.total and (not losses or done % steps):
+            losses.append(step(*next(batches)).numpy().mean())
+            done += 1
+            plan.count_step()
+            if plan.timed in (10, 100, 1000):
+                plan.revise(done)
+                optimizer.inner_optimizer.total_steps = float(plan.total)
+                progress.total = plan.total
+            progress.advance(f"(loss {losses[-1]:.4f})")
+        start = now()
+        validated = np.concatenate([validate(*batch).numpy() for batch in validation])[:count]
+        plan.count_validation(start)
+        means = {"loss": float(np.mean(losses)), "val_loss": float(validated.mean())}
+        record.add({"epoch": done / steps, "step": done, **means})
+        plan.revise(done)
+        optimizer.inner_optimizer.total_steps = float(plan.total)
+        progress.total = plan.total
+    if done == epochs * steps:
+        record.finish()
+
+
+def train(session, config, model, loss, parts, epochs, weights_path, allow):
     """Train a network for a number of epochs and load its best weights, those in `weights_path`.
 
-    `data` is what make_data returns. Returns the history, one row per epoch. Raises RuntimeError if
-    the validation loss never was a finite number.
+    `loss` is a function of planes and probabilities; `parts` is what split_images returns; `allow`
+    is a function from the seconds that an image's prediction takes to those that the training may
+    take. If training is switched off, its weights and its history have to be there. Returns the
+    history, a row per epoch. Raises RuntimeError if the validation loss never was finite.
     """
-    training, validation, steps = data
-    model.compile(make_optimizer(config, steps * epochs), loss)
-    record = Record(weights_path)
-    plan = {"steps_per_epoch": steps, "epochs": epochs, "validation_data": validation}
-    model.fit(training, **plan, callbacks=[record], verbose=0)
-    if record.best == math.inf:
+    steps = epochs * count_steps(config, len(parts[0][0]))
+    with session.accelerator.strategy.scope():
+        optimizer = make_optimizer(config, steps, model.trainable_variables)
+    record = Record(weights_path, describe_training(config, epochs, parts), model, optimizer)
+    if config.train:
+        run_epochs(session, config, loss, parts, epochs, record, allow)
+    history = pd.read_csv(record.history_path, float_precision="round_trip")
+    if not np.isfinite(history["val_loss"]).any():
         raise RuntimeError("The validation loss never was finite; try a lower learning rate.")
     model.load_weights(weights_path)
-    return pd.DataFrame(record.epochs).set_index("epoch")
+    return history.set_index("epoch")
 
 
 def plot_histories(axes, histories, title, ylabel):
@@ -1198,54 +1939,70 @@ def plot_histories(axes, histories, title, ylabel):
 
 
 # %%
-def find_presence(images, masks):
-    """Images, and whether their masks have pixels: float32 (batch, classes)."""
-    return images, tf.cast(tf.reduce_any(masks > 0, axis=(1, 2)), tf.float32)
+def find_presence(planes):
+    """Whether the masks of planes (batch, height, width) have pixels: float32 (batch, classes)."""
+    return tf.cast(tf.reduce_any(split_planes(planes) > 0, axis=(1, 2)), tf.float32)
 
 
-def train_classifier(run, labels, folds, folder):
+def make_classifier_loss(config):
+    """The cross-entropy as a function of planes and probabilities, one value per image."""
+    entropy = getattr(tf.keras.losses, CLASSIFIER_LOSS[config.activation])
+    return lambda planes, probabilities: entropy(find_presence(planes), probabilities)
+
+
+CLASSIFIER_SHARE = 0.25  # of the session that the classifiers may take
+
+
+def train_classifier(session, run, labels, folds, folder, share=1.0):
     """Train a run's baseline and then its classifier, and leave their weights.
 
-    Returns their histories by these two names.
+    They may take a share of what is left of the classifiers' time. Returns their histories by these
+    two names.
     """
-    tf.keras.backend.clear_session()
-    tf.keras.utils.set_random_seed(run.config.seed)
-    config = configure_classifier(run.config)
-    training, validation, steps = make_data(config, labels, folds, folder)
-    data = training.map(find_presence), validation.map(find_presence), steps
-    model, loss, histories = build_classifier(config), CLASSIFIER_LOSS[config.activation], {}
+    config, strategy = configure_classifier(run.config), session.accelerator.strategy
+    parts, loss = split_images(config, labels, folds, folder), make_classifier_loss(config)
+    with strategy.scope():
+        tf.keras.backend.clear_session()
+        tf.keras.utils.set_random_seed(config.seed)
+        model = build_classifier(config)
+    reserve, histories, left = (
+        3600 * config.hours * (1 - CLASSIFIER_SHARE),
+        {},
+        sum(config.classifier_epochs),
+    )
     for network, epochs in zip(("baseline", "classifier"), config.classifier_epochs):
         model.get_layer(index=2).trainable = network == "classifier"  # the encoder
-        histories[network] = train(config, model, loss, data, epochs, run.weights(network))
+        allow = functools.partial(session.allow, share * epochs / left, reserve, 0)
+        path = run.weights(network)
+        histories[network] = train(session, config, model, loss, parts, epochs, path, allow)
+        left -= epochs
     return histories
 
 
 # %%
-def compile_function(config, function):
-    """Compile a function of images, uint8 (batch, *config.image_size, 3)."""
-    signature = [tf.TensorSpec((None, *config.image_size, 3), tf.uint8)]
-    return tf.function(function, signature, autograph=False)
-
-
-def load_network(run, network):
-    """The trained "baseline", "classifier" or "unet" of a run."""
-    build = build_efficient_unet if network == "unet" else build_classifier
-    model = build(replace(run.config, encoder_weights=None))  # ours follow
-    model.load_weights(run.weights(network))
+def load_network(run, network, strategy=None):
+    """The trained "baseline", "classifier" or "unet" of a run, on the replicas of a strategy."""
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = build_network(replace(run.config, encoder_weights=None), network)  # ours follow
+        model.load_weights(run.weights(network))
     return model
 
 
-def predict_presence(run, network, paths):
+def predict_presence(run, network, paths, strategy=None):
     """The probabilities of presence, float32 (images, classes), by "baseline" or "classifier"."""
-    config = configure_classifier(run.config)
-    predict = compile_function(
-        config, functools.partial(load_network(run, network), training=False)
-    )
-    return np.concatenate([predict(images) for (images,) in make_dataset(config, paths)])
+    strategy, config = strategy or tf.distribute.get_strategy(), configure_classifier(run.config)
+    model = load_network(run, network, strategy)
+    predict = distribute(strategy, lambda images: model(images, training=False))
+    found = [predict(*batch).numpy() for batch in make_dataset(config, paths)]
+    return np.concatenate(found)[: len(paths)]
 
 
 # %% tags=["nbval-ignore-output"]
-classifier_histories = {run.name: train_classifier(run, *labelled) for run in runs}
+session = Session(accelerator, clock, tuple(earlier_sessions))
+classifier_histories = {}
+for index, run in enumerate(runs):
+    share = 1 / (len(runs) - index)
+    classifier_histories[run.name] = train_classifier(session, run, *labelled, share)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
@@ -1276,18 +2033,20 @@ def measure_accuracy(truth, probabilities, activation):
     return float(np.mean(found == np.asarray(truth)))
 
 
-def predict_held_out(runs, network, labels, folds, folder):
+def predict_held_out(runs, network, labels, folds, folder, strategy=None):
     """Probabilities of presence for each run's own validation images: a DataFrame per run."""
     tables = []
     for run in runs:
         _, (paths, rows) = split_images(run.config, labels, folds, folder)
-        tables.append(pd.DataFrame(predict_presence(run, network, paths), rows.index, CLASSES))
+        found = predict_presence(run, network, paths, strategy)
+        tables.append(pd.DataFrame(found, rows.index, CLASSES))
     return tables
 
 
 # %% tags=["nbval-ignore-output"]
-baselines = predict_held_out(runs, "baseline", *labelled)
-classifiers = predict_held_out(members, "classifier", *labelled)
+strategy = accelerator.strategy
+baselines = predict_held_out(runs, "baseline", *labelled, strategy)
+classifiers = predict_held_out(members, "classifier", *labelled, strategy)
 for run, baseline, found in zip(runs, baselines, classifiers):  # our runs lead the members
     truth = present.loc[found.index]
     run.results["images"] = len(truth)
@@ -1425,8 +2184,9 @@ def share_heat(heat, masks):
 classifier, cam_config = load_network(runs[0], "classifier"), configure_classifier(runs[0].config)
 _, (paths, rows) = split_images(cam_config, *labelled)
 batches = make_dataset(cam_config, paths, rows)
-shares = [share_heat(grad_cam(classifier, images), masks) for images, masks in batches]
-in_mask, in_image = (pd.DataFrame(part, columns=CLASSES) for part in np.concatenate(shares, axis=1))
+shares = [share_heat(grad_cam(classifier, images), split_planes(p)) for images, p in batches]
+shares = np.concatenate(shares, axis=1)[:, : len(paths)]
+in_mask, in_image = (pd.DataFrame(part, columns=CLASSES) for part in shares)
 pd.DataFrame({"heat in the mask": in_mask.mean(), "mask in the image": in_image.mean()}).round(3)
 
 # %%
@@ -1434,9 +2194,9 @@ figure, panels = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
 for index, (name, (above, below)) in enumerate(zip(CLASSES, panels.T)):
     image_name = rows.index[(rows[name] != "").argmax()]  # the first with the class
     rles = rows.loc[image_name]
-    image, masks = load_example(cam_config, train_folder / image_name, rles)
+    image, plane = load_example(cam_config, train_folder / image_name, rles)
     heat = tf.image.resize(grad_cam(classifier, image[None])[0], image.shape[:2])[..., index]
-    only = masks * (np.arange(len(CLASSES)) == index)
+    only = split_plane(plane) * (np.arange(len(CLASSES)) == index)
     absent = "" if only.any() else ", where it is absent"  # if no image has the class
     outline(above, image, only, f"{name}: {image_name}{absent}")
     outline(below, image, only, "Grad-CAM")
@@ -1455,17 +2215,37 @@ plt.show()
 
 
 # %%
-def train_unet(run, labels, folds, folder):
-    """Train a run's EfficientUNet and leave its weights. Returns the history."""
-    tf.keras.backend.clear_session()
-    tf.keras.utils.set_random_seed(run.config.seed)
-    data = make_data(run.config, labels, folds, folder)
-    model, loss = build_efficient_unet(run.config), make_loss(run.config)
-    return train(run.config, model, loss, data, run.config.epochs, run.weights("unet"))
+LAST_RESERVE = 900  # seconds to choose the rules and to write the submission
+
+
+def train_unet(session, run, labels, folds, folder, share=1.0, predictions=0):
+    """Train a run's EfficientUNet and leave its weights. Returns the history.
+
+    It may take a share of what is left, less the time for a number of predictions of an image.
+    """
+    config, strategy = run.config, session.accelerator.strategy
+    parts, mask_loss = split_images(config, labels, folds, folder), make_loss(config)
+    with strategy.scope():
+        tf.keras.backend.clear_session()
+        tf.keras.utils.set_random_seed(config.seed)
+        model = build_efficient_unet(config)
+    allow = functools.partial(session.allow, share, LAST_RESERVE, predictions)
+
+    def loss(planes, probabilities):
+        return mask_loss(split_planes(planes), probabilities)
+
+    return train(session, config, model, loss, parts, config.epochs, run.weights("unet"), allow)
 
 
 # %% tags=["nbval-ignore-output"]
-unet_histories = {run.name: train_unet(run, *labelled) for run in runs}
+views = 4 if config.flips else 1
+each = [views * (len(test_paths) + (folds == run.config.fold).sum()) for run in members]
+costs = [find_footprint(run.config, "unet").operations for run in members]
+unet_histories = {}
+for index, run in enumerate(runs):
+    share = costs[index] / sum(costs[index : len(runs)])
+    predictions = np.dot(each, costs) / costs[index]  # of images by this network
+    unet_histories[run.name] = train_unet(session, run, *labelled, share, predictions)
 
 # %%
 weight = config.cross_entropy_weight
@@ -1526,12 +2306,14 @@ def find_maps(unet, flips, images):
 def predict_maps(config, predict, paths):
     """Yield the maps of each image, uint8 (350, 525, classes), 0 on the black band.
 
-    `predict` is find_maps, compiled.
+    `predict` is find_maps, distributed.
     """
+    left = len(paths)
     for (images,) in make_dataset(config, paths):
-        for image, maps in zip(images.numpy(), predict(images).numpy()):
+        for image, maps in zip(images.numpy()[:left], predict(images).numpy()):
             maps[find_band(image)] = 0
             yield maps
+        left -= len(images)
 
 
 def average_maps(several):
@@ -1542,7 +2324,7 @@ def average_maps(several):
 def predict_together(predictors, paths):
     """Yield, for each image, the list of each predictor's maps.
 
-    `predictors` are pairs of a Config and find_maps, compiled.
+    `predictors` are pairs of a Config and find_maps, distributed.
     """
     yield from zip(*(predict_maps(config, predict, paths) for config, predict in predictors))
 
@@ -1632,8 +2414,8 @@ def count_validation(predictors, paths, labels):
 # %% tags=["nbval-ignore-output"]
 predictors = []
 for run in members:
-    predict = functools.partial(find_maps, load_network(run, "unet"), config.flips)
-    predictors.append((run.config, compile_function(run.config, predict)))
+    predict = functools.partial(find_maps, load_network(run, "unet", strategy), config.flips)
+    predictors.append((run.config, distribute(strategy, predict)))
 counts, mean_counts, held_out_names = {}, [], []
 for fold in sorted({run.config.fold for run in members}):
     chosen = [index for index, run in enumerate(members) if run.config.fold == fold]
@@ -2072,8 +2854,14 @@ plt.show()
 
 
 # %%
-def predict_rles(predictors, paths, presence, decide):
-    """The encoded masks of each image, a dictionary from label rows to run-length encodings."""
+LEAST_TIME = 120  # seconds to write the submission and the report
+
+
+def predict_rles(predictors, paths, presence, decide, clock):
+    """The encoded masks of each image, a dictionary from label rows to run-length encodings.
+
+    It ends LEAST_TIME before the clock does, and tells how many images it has left out.
+    """
     progress = Progress("Test image", len(paths))
     rles = {}
     for path, several, found in zip(paths, predict_together(predictors, paths), presence):
@@ -2081,43 +2869,20 @@ def predict_rles(predictors, paths, presence, decide):
         for index, name in enumerate(CLASSES):
             rles[f"{path.name}_{name}"] = encode_rle(masks[..., index])
         progress.advance()
+        if clock.left() < LEAST_TIME:
+            print(f"The time is over: {len(paths) - progress.done} images get empty masks.")
+            break
     return rles
 
 
-# %%
-def write_submission(rles, sample_path, path):
-    """Write the encodings `rles`, a dictionary, as the rows of sample_submission.csv in its order.
-
-    Raises ValueError where a row of the sample has no encoding.
-    """
-    table = read_rows(sample_path, SUBMISSION_SIZE)[["Image_Label", "EncodedPixels"]]
-    if lacking := [label for label in table["Image_Label"] if label not in rles]:
-        raise ValueError(f"{len(lacking)} rows of {sample_path} lack a mask: {lacking[0]}, ...")
-    table["EncodedPixels"] = table["Image_Label"].map(rles)
-    write_whole(path, table.to_csv(index=False))
-
-
-def check_submission(path, sample_path):
-    """Read a submission and return it, with read_rows's columns.
-
-    Raises ValueError, which names the file and the row, unless it has the rows of the sample in its
-    order, and valid encodings at SUBMISSION_SIZE.
-    """
-    table, sample = read_rows(path, SUBMISSION_SIZE), read_rows(sample_path, SUBMISSION_SIZE)
-    rows = itertools.zip_longest(table["Image_Label"], sample["Image_Label"])
-    for line, (label, expected) in enumerate(rows, start=2):
-        if label != expected:
-            raise ValueError(f"{path}, line {line}: {label}, where {sample_path} has {expected}.")
-    return table
-
-
 # %% tags=["nbval-ignore-output"]
-found = np.mean([predict_presence(run, "classifier", test_paths) for run in members], axis=0)
-rles = predict_rles(predictors, test_paths, found, decide)
-write_submission(rles, sample_path, output / "submission.csv")
+several = [predict_presence(run, "classifier", test_paths, strategy) for run in members]
+found = np.mean(several, axis=0)
+rles = predict_rles(predictors, test_paths, found, decide, clock)
+write_submission(rles, sample_path, submission_path)
 
 # %%
-submission = check_submission(output / "submission.csv", sample_path)
+submission = check_submission(submission_path, sample_path)
 print(f"submission.csv passes: {len(submission):,} rows for {len(test_paths):,} images")
 
 # %% tags=["nbval-ignore-output"]

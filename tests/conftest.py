@@ -68,7 +68,14 @@ def paths(labels, sample):
 
 
 @pytest.fixture(scope="session")
-def tiny(kernel):
+def session(kernel):
+    """A session on the CPU with all the time that a test needs."""
+    return kernel.Session(kernel.make_strategy({}), kernel.Clock(1000))
+
+
+@pytest.fixture(scope="session")
+def tiny(kernel, session):
     """A configuration small enough for a test of the network."""
     sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "batch_size": 2}
-    return kernel.replace(kernel.SAMPLE, **sizes, epochs=1)
+    config = kernel.replace(kernel.SAMPLE, **sizes, epochs=1)
+    return kernel.suit(config, session.accelerator)

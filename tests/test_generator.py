@@ -6,6 +6,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,31 +38,74 @@ def test_image_and_masks_move_together(kernel, draw):
     ):
         image[rows, columns, bit] = 255
         plane[rows, columns] |= 1 << bit
-    moved = kernel.make_augmentation(kernel.SAMPLE, draw)(image=image, mask=plane)
-    assert set(np.unique(moved["mask"])) <= {0, 1, 2}
+    config = kernel.replace(kernel.SAMPLE, image_size=(96, 160))
+    image, plane = kernel.augment(config, image, plane, draw)
+    assert set(np.unique(plane)) <= {0, 1, 2}
     for bit in range(2):
-        marker, mask = moved["image"][..., bit] > 127, moved["mask"] >> bit & 1
+        marker, mask = image[..., bit] > 127, plane >> bit & 1
         assert kernel.dice(mask, marker) > 0.93  # the image is interpolated, the plane is not
 
 
-def test_each_augmentation_happens_by_itself_with_its_probability(kernel, monkeypatch):
+def apply_one_by_one(kernel, config, image, plane, draw):
+    """What albumentations makes of an example, and the names of its transforms that happened."""
+    happened = []
+    for transform in kernel.make_augmentation(config, draw):
+        moved = transform(image=image, mask=plane)
+        if not np.array_equal(moved["image"], image):
+            happened.append(type(transform).__name__)
+        image, plane = moved["image"], moved["mask"]
+    return image, plane, happened
+
+
+def test_one_warp_is_what_the_library_does_in_two(kernel, labels, paths):
+    config, combinations = kernel.replace(kernel.SAMPLE, image_size=(256, 384)), set()
+    for draw in range(120):
+        index = draw % len(paths)
+        example = kernel.load_example(config, paths[index], labels.iloc[index])
+        image, plane, happened = apply_one_by_one(kernel, config, *example, draw)
+        found_image, found_plane = kernel.augment(config, *example, draw)
+        combinations.add(tuple(happened))
+        if {"Rotate", "GridDistortion"} <= set(happened):  # one interpolation instead of two
+            assert np.abs(found_image - image.astype(float)).mean() < 4
+            assert (found_plane != plane).mean() < 0.02
+        elif "Rotate" in happened:
+            assert np.abs(found_image - image.astype(float)).mean() < 0.2
+            assert (found_plane != plane).mean() < 0.001
+        else:
+            np.testing.assert_array_equal(found_image, image)
+            np.testing.assert_array_equal(found_plane, plane)
+    assert len(combinations) == 16
+
+
+@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (320, 480), (350, 525), (33, 777)])
+def test_plane_takes_the_value_at_each_pixel_s_centre(kernel, labels, size):
+    rows, columns = (
+        [(2 * index + 1) * long // (2 * short) for index in range(short)]
+        for long, short in zip(kernel.ORIGINAL_SIZE, size)
+    )
+    for rles in labels.to_numpy()[:4]:
+        plane = kernel.read_plane(rles, size)
+        assert plane.shape == size and plane.dtype == np.uint8
+        for bit, rle in enumerate(rles):
+            mask = kernel.decode_rle(rle, kernel.ORIGINAL_SIZE)[rows][:, columns]
+            np.testing.assert_array_equal(plane >> bit & 1, mask)
+
+
+def test_the_device_splits_planes_as_numpy_does(kernel):
+    planes = np.random.default_rng(0).integers(16, size=(3, 5, 7), dtype=np.uint8)
+    found = kernel.split_planes(tf.constant(planes))
+    assert found.dtype == tf.uint8
+    np.testing.assert_array_equal(found, np.stack([kernel.split_plane(p) for p in planes]))
+
+
+def test_each_augmentation_happens_by_itself_with_its_probability(kernel):
     """All 16 combinations of the four transforms are equally frequent at a probability of 1/2."""
-    image, happening, combinations = np.zeros((16, 24, 3), np.uint8), set(), Counter()
-
-    def recorded(name, apply):
-        def record(*arguments, **parameters):
-            happening.add(name)
-            return apply(*arguments, **parameters)
-
-        return record
-
-    for transform in kernel.make_augmentation(kernel.SAMPLE, 0).transforms:
-        kind = type(transform)
-        monkeypatch.setattr(kind, "apply", recorded(kind.__name__, kind.apply))
-    for draw in range(3200):
-        happening.clear()
-        kernel.make_augmentation(kernel.SAMPLE, draw)(image=image, mask=image[..., 0])
-        combinations[frozenset(happening)] += 1
+    image = np.random.default_rng(0).integers(256, size=(16, 24, 3), dtype=np.uint8)
+    config = kernel.replace(kernel.SAMPLE, image_size=(16, 24))
+    combinations = Counter(
+        frozenset(apply_one_by_one(kernel, config, image, image[..., 0], draw)[2])
+        for draw in range(3200)
+    )
     names = {"HorizontalFlip", "VerticalFlip", "Rotate", "GridDistortion"}
     assert frozenset().union(*combinations) == names and len(combinations) == 16
     assert all(150 <= count <= 250 for count in combinations.values())  # 200 +- 3.7 deviations
@@ -69,12 +113,13 @@ def test_each_augmentation_happens_by_itself_with_its_probability(kernel, monkey
 
 def test_rotation_is_limited_and_probability_is_obeyed(kernel):
     image = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
-    augmentation = kernel.make_augmentation(kernel.SAMPLE, 0)
-    assert augmentation.transforms[2].limit == (-20, 20)
-    never = kernel.replace(kernel.SAMPLE, augmentation_probability=0.0)
-    for draw in range(5):
-        unchanged = kernel.make_augmentation(never, draw)(image=image, mask=image[..., 0])
-        np.testing.assert_array_equal(unchanged["image"], image)
+    config = kernel.replace(kernel.SAMPLE, image_size=(64, 96))
+    assert kernel.make_augmentation(config, 0)[2].limit == (-20, 20)
+    never = kernel.replace(config, augmentation_probability=0.0)
+    for draw in (kernel.AS_IS, *range(5)):
+        unchanged, plane = kernel.augment(never, image, image[..., 0], draw)
+        np.testing.assert_array_equal(unchanged, image)
+        np.testing.assert_array_equal(plane, image[..., 0])
 
 
 def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
@@ -89,30 +134,50 @@ def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
 
 
 def collect(dataset, batches):
-    """The first examples of a dataset, as arrays of images and of masks."""
+    """The first examples of a dataset, as arrays of images and of planes."""
     taken = [tuple(part.numpy() for part in batch) for batch in itertools.islice(dataset, batches)]
     return [np.concatenate(parts) for parts in zip(*taken)]
 
 
-def test_training_batches_are_full_and_epochs_follow_the_plan(kernel, tiny, labels, paths):
+@pytest.mark.parametrize("first", [0, 17, 24, 31])
+@pytest.mark.parametrize("cached", [True, False])
+def test_training_batches_are_full_and_epochs_follow_the_plan(
+    kernel, tiny, labels, paths, first, cached, monkeypatch
+):
+    monkeypatch.setattr(kernel, "CACHE_SHARE", 0.5 * cached)
     config = kernel.replace(tiny, batch_size=5)
-    images, masks = collect(kernel.make_dataset(config, paths, labels, training=True), 10)
-    assert images.shape == (50, 64, 96, 3) and masks.shape == (50, 64, 96, 4)
-    assert images.dtype == masks.dtype == np.uint8
-    plan = np.concatenate([kernel.plan_epoch(12, epoch, config.seed) for epoch in (0, 1, 2)])
-    for (index, draw), image, mask in zip(plan, images, masks):
-        expected = kernel.load_example(config, paths[index], labels.iloc[index], draw)
+    images, planes = collect(kernel.make_dataset(config, paths, labels, first=first), 8)
+    assert images.shape == (40, 64, 96, 3) and planes.shape == (40, 64, 96)
+    assert images.dtype == planes.dtype == np.uint8
+    plan = np.concatenate([kernel.plan_epoch(12, epoch, config.seed) for epoch in range(3)])
+    for (index, draw), image, plane in zip(plan[first:], images, planes):
+        example = kernel.load_example(config, paths[index], labels.iloc[index])
+        expected = kernel.augment(config, *example, draw)
         np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_array_equal(mask, expected[1])
+        np.testing.assert_array_equal(plane, expected[1])
+
+
+def test_images_are_decoded_once_if_there_is_memory_for_all(
+    kernel, tiny, labels, paths, monkeypatch
+):
+    decoded, read_image = [], kernel.read_image
+    monkeypatch.setattr(
+        kernel, "read_image", lambda path, size: decoded.append(path) or read_image(path, size)
+    )
+    pixels = 4 * 64 * 96 * len(paths)
+    for free, times in ((1.01 * pixels, 1), (0.99 * pixels, 3)):
+        monkeypatch.setattr(kernel, "free_memory", lambda free=free: free / kernel.CACHE_SHARE)
+        decoded.clear()
+        dataset = kernel.make_dataset(tiny, paths, labels)
+        for _ in range(3):
+            collect(dataset, None)
+        assert len(decoded) == times * len(paths)
 
 
 def test_threads_do_not_change_the_examples(kernel, tiny, labels, paths):
     first, second = (
         collect(
-            kernel.make_dataset(
-                kernel.replace(tiny, threads=threads), paths, labels, training=True
-            ),
-            8,
+            kernel.make_dataset(kernel.replace(tiny, threads=threads), paths, labels, first=0), 8
         )
         for threads in (1, 4)
     )
@@ -120,13 +185,15 @@ def test_threads_do_not_change_the_examples(kernel, tiny, labels, paths):
     np.testing.assert_array_equal(first[1], second[1])
 
 
-def test_last_partial_batch_is_kept_for_prediction(kernel, tiny, labels, paths):
+def test_the_last_image_fills_up_its_batch(kernel, tiny, labels, paths):
     config = kernel.replace(tiny, batch_size=5)
-    sizes = [len(images) for (images,) in kernel.make_dataset(config, paths)]
-    assert sizes == [5, 5, 2]
-    pairs = list(kernel.make_dataset(config, paths, labels))
-    assert [len(images) for images, _ in pairs] == sizes
-    for index, (image, mask) in enumerate(zip(*collect(pairs, 3))):
-        np.testing.assert_array_equal(image, kernel.read_image(paths[index], config.image_size))
-        plane = kernel.read_plane(labels.iloc[index], config.image_size)
-        np.testing.assert_array_equal(mask, kernel.split_plane(plane))
+    for dataset in (
+        kernel.make_dataset(config, paths),
+        kernel.make_dataset(config, paths, labels),
+    ):
+        assert {part.shape[0] for part in dataset.element_spec} == {5}  # static, as a TPU needs
+        images = collect(dataset, None)[0]
+        assert len(images) == 15
+        for index in range(15):
+            expected = kernel.read_image(paths[min(index, 11)], config.image_size)
+            np.testing.assert_array_equal(images[index], expected)
