@@ -114,6 +114,7 @@ def plan_installation(environment=os.environ, has_module=has_module, has_package
     return calls
 
 
+# %%
 def install(calls):
     """Call pip with each list of arguments.
 
@@ -414,6 +415,7 @@ GIBIBYTE = 2**30
 TPU_MEMORY = 16 * GIBIBYTE  # of each of the eight cores of a v5e-8
 
 
+# %%
 def free_memory():
     """The bytes of the machine's memory that are free to use."""
     meminfo = Path("/proc/meminfo")
@@ -422,7 +424,6 @@ def free_memory():
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
 
 
-# %%
 def start_tpu():
     """The strategy for the TPU of Kaggle's machine.
 
@@ -440,6 +441,7 @@ def start_tpu():
         ) from None
 
 
+# %%
 def measure_gpus(gpus):
     """The names of GPUs, the least of their compute capabilities and the bytes of the smallest."""
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
@@ -755,6 +757,7 @@ class Run:
         return all(self.weights(network).is_file() for network in networks)
 
 
+# %%
 def name_encoder(encoder):
     """An encoder's name; coefficients of width and depth are turned into one."""
     return encoder if isinstance(encoder, str) else "efficientnet-{}-{}".format(*encoder)
@@ -926,6 +929,7 @@ def read_image(path, size):
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
+# %%
 def read_plane(rles, size):
     """The masks of one image as a plane, uint8 (height, width), whose bit c is class c.
 
@@ -1007,6 +1011,7 @@ def make_augmentation(config, draw):
     return transforms
 
 
+# %%
 def find_sources(rotate, distort, size):
     """Where an image of `size` takes its pixels from: columns and rows, float32 (height, width).
 
@@ -1028,6 +1033,7 @@ def find_sources(rotate, distort, size):
     return np.float32(along_x * columns) + np.float32(along_y * rows + shift)
 
 
+# %%
 def load_example(config, path, rles=None):
     """One image, uint8 (height, width, 3), and its plane of masks, uint8 (height, width).
 
@@ -1059,6 +1065,9 @@ def plan_epoch(count, epoch, seed):
     return generator.permutation(np.column_stack([np.tile(np.arange(count), 2), draws]))
 
 
+CACHE_SHARE = 0.5  # of the memory that is free when a training begins
+
+
 def plan_once(count, batch_size):
     """The examples of one pass in order, the last one again and again until its batch is full."""
     indices = np.minimum(np.arange(-(-count // batch_size) * batch_size), count - 1)
@@ -1066,22 +1075,24 @@ def plan_once(count, batch_size):
 
 
 # %%
-CACHE_SHARE = 0.4  # of the memory that is free when a dataset is made
+def make_cache(config, count):
+    """An empty dictionary for decoded images and planes, None if they would not fit in memory."""
+    needed = count * math.prod(config.image_size) * 4
+    return {} if needed < CACHE_SHARE * free_memory() else None
 
 
-def make_dataset(config, paths, labels=None, first=None):
+# %%
+def make_dataset(config, paths, labels=None, first=None, cache=None):
     """A tf.data.Dataset of full batches, decoded in parallel threads and prefetched.
 
     Its elements are images, uint8 (batch, height, width, 3), and their planes of masks (batch,
     height, width); without `labels`, the table of encodings in the order of `paths`, a tuple of
     images alone. Given a number `first`, the examples are those of training from that one on, epoch
-    after epoch without end. Else every image once, in order; the last one fills up its batch.
-    Labelled images are decoded once if all of them fit into the memory.
+    after epoch without end. Else every image once, in order; the last one fills up its batch. What
+    is decoded is kept in `cache`, if there is one.
     """
     cv2.setNumThreads(1)  # examples run in parallel, their parts need not
     shapes = [(*config.image_size, 3), config.image_size][: 1 if labels is None else 2]
-    needed = len(paths) * math.prod(config.image_size) * 4
-    cache = {} if labels is not None and needed < CACHE_SHARE * free_memory() else None
 
     def plan():
         if first is None:
@@ -1094,13 +1105,14 @@ def make_dataset(config, paths, labels=None, first=None):
 
     def load(example):
         index, draw = example
-        if cache is not None and index in cache:
-            return augment(config, *cache[index], draw)
-        rles = None if labels is None else labels.iloc[index]
-        parts = load_example(config, paths[index], rles)
-        if cache is not None:
-            cache[index] = parts
-        return parts if rles is None else augment(config, *parts, draw)
+        path = paths[index]
+        parts = cache.get(path) if cache else None
+        if parts is None:
+            rles = None if labels is None else labels.iloc[index]
+            parts = load_example(config, path, rles)
+            if cache is not None:
+                cache[path] = parts
+        return parts if labels is None else augment(config, *parts, draw)
 
     def load_in_graph(example):
         arrays = tf.numpy_function(load, [example], [tf.uint8] * len(shapes))
@@ -1393,6 +1405,7 @@ def count_bytes(tensors, dtype):
     return numbers * tf.as_dtype(dtype).size
 
 
+# %%
 def measure_network(model):
     """The Footprint of a network, counted from its layers."""
     operations, kept, largest = 0, {}, 0
@@ -1435,6 +1448,7 @@ def suggest_fitting(config, memory):
     return f"What would: an image size of {size}, or the encoders {', '.join(names) or 'none'}."
 
 
+# %%
 def fit_batch(accelerator, config, network, wanted):
     """The largest batch up to `wanted` that the accelerator holds, as many images on each replica.
 
@@ -1533,6 +1547,7 @@ def exclude_overlaps(masks):
     return tf.one_hot(winner, len(CLASSES) + 1, dtype=masks.dtype)
 
 
+# %%
 def split_planes(planes):
     """The masks of planes (batch, height, width): uint8 (batch, height, width, classes)."""
     bits = tf.constant(np.arange(len(CLASSES)), planes.dtype)
@@ -1547,30 +1562,40 @@ def soft_dice(truth, probabilities, smoothing):
     return (2 * overlap + smoothing) / (total_area + smoothing)
 
 
-def make_loss(config):
-    """The paper's loss as a function of masks and probabilities, one value per image."""
+CROSS_ENTROPY = {
+    "softmax": tf.keras.losses.categorical_crossentropy,
+    "sigmoid": tf.keras.losses.binary_crossentropy,
+}
 
-    def loss(masks, probabilities):
-        truth = tf.cast(masks, probabilities.dtype)
-        if config.activation == "softmax":
-            truth = exclude_overlaps(truth)
-            entropy = tf.keras.losses.categorical_crossentropy(truth, probabilities)
-            truth, probabilities = truth[..., 1:], probabilities[..., 1:]
-        else:
-            entropy = tf.keras.losses.binary_crossentropy(truth, probabilities)
-        overlap = tf.reduce_mean(soft_dice(truth, probabilities, config.dice_smoothing), axis=-1)
-        weight = config.cross_entropy_weight
-        return weight * tf.reduce_mean(entropy, axis=(1, 2)) + (1 - weight) * (1 - overlap)
 
-    return loss
+def unet_loss(config, planes, probabilities):
+    """The paper's loss of planes (batch, height, width) and probabilities, one value per image."""
+    truth = tf.cast(split_planes(planes), probabilities.dtype)
+    if config.activation == "softmax":
+        truth = exclude_overlaps(truth)
+    entropy = CROSS_ENTROPY[config.activation](truth, probabilities)
+    truth, probabilities = truth[..., -len(CLASSES) :], probabilities[..., -len(CLASSES) :]
+    overlap = tf.reduce_mean(soft_dice(truth, probabilities, config.dice_smoothing), axis=-1)
+    weight = config.cross_entropy_weight
+    return weight * tf.reduce_mean(entropy, axis=(1, 2)) + (1 - weight) * (1 - overlap)
 
 
 # %% [markdown]
 # The classifier's loss is the cross-entropy alone: of its softmax with a 1 for each class in the
-# image, as the paper has it, or of each class's sigmoid.
+# image, as the paper has it, or of each class's sigmoid. A class is in the image if its mask has a
+# pixel.
+
 
 # %%
-CLASSIFIER_LOSS = {"softmax": "categorical_crossentropy", "sigmoid": "binary_crossentropy"}
+def find_presence(planes):
+    """Whether the masks of planes (batch, height, width) have pixels: float32 (batch, classes)."""
+    return tf.cast(tf.reduce_any(split_planes(planes) > 0, axis=(1, 2)), tf.float32)
+
+
+def classifier_loss(config, planes, probabilities):
+    """The cross-entropy of planes (batch, height, width) and probabilities, one value per image."""
+    return CROSS_ENTROPY[config.activation](find_presence(planes), probabilities)
+
 
 # %% [markdown]
 # [Rectified Adam](https://arxiv.org/abs/1908.03265) is keras-rectified-adam's. It warms up and
@@ -1635,6 +1660,7 @@ def distribute(strategy, function):
     return compute
 
 
+# %%
 def make_step(model, loss, optimizer, replicas):
     """A training step of a replica: a function of images and planes that returns their losses.
 
@@ -1703,95 +1729,93 @@ def describe_training(config, epochs, parts):
     return json.loads(json.dumps({**settings, "labels": hashes}))
 
 
-class Record:
-    """What a training leaves, and goes on from when it is started again.
+def write_settings(state, settings, finished):
+    """Leave in the folder `state` what shapes a training, and whether that is finished."""
+    write_whole(state / "settings.json", json.dumps({**settings, "finished": finished}, indent=2))
 
-    The best weights are in `weights_path`; beside them are the history and a folder of the state.
+
+def read_settings(state):
+    """The settings and whether the training is finished, as they were left; ({}, False) if not."""
+    path = state / "settings.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    finished = settings.pop("finished", False)
+    return settings, finished
+
+
+# %%
+def find_training(name, settings, folders):
+    """The first of some folders with a training of this name and these settings, or None.
+
+    Tells why the others are passed over.
     """
+    for folder in folders:
+        found, _ = read_settings(folder / f"{name}.state")
+        if found == settings:
+            return folder
+        if found:
+            keys = [key for key in settings if found.get(key) != settings[key]]
+            print(f"{name} in {folder} is not gone on with: other {', '.join(keys)}")
+    return None
+
+
+def copy_training(name, source, target):
+    """Copy what a training has left from one folder to another, its state last and at once."""
+    for kept in (f"{name}.weights.h5", f"{name}.csv"):
+        if (source / kept).is_file():
+            shutil.copyfile(source / kept, target / kept)
+    state, temporary = target / f"{name}.state", target / f"part.{name}.state"
+    for folder in (state, temporary):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source / state.name, temporary)
+    os.replace(temporary, state)
+
+
+def save_weights(model, path):
+    """Write a network's weights under another name, then rename the file."""
+    temporary = path.with_name("part." + path.name)
+    model.save_weights(temporary)
+    os.replace(temporary, path)
+
+
+# %%
+class Record:
+    """What a training leaves and goes on from: its best weights, its history, its state."""
 
     def __init__(self, weights_path, settings, model, optimizer):
         self.weights_path, self.settings = weights_path, settings
         self.model, self.optimizer = model, optimizer
         self.name = weights_path.name.removesuffix(".weights.h5")
         self.history_path = weights_path.with_name(f"{self.name}.csv")
-        self.folder = weights_path.with_name(f"{self.name}.state")
+        self.state = weights_path.with_name(f"{self.name}.state")
         self.epochs, self.finished = [], False
-        self.steps = tf.Variable(0, trainable=False, dtype=tf.int64)
-        parts = {"model": model, "optimizer": optimizer, "steps": self.steps}
-        self.manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(**parts), str(self.folder), max_to_keep=1
-        )
+        self.done = tf.Variable(0, trainable=False, dtype=tf.int64)  # steps
+        parts = tf.train.Checkpoint(model=model, optimizer=optimizer, done=self.done)
+        self.manager = tf.train.CheckpointManager(parts, str(self.state), max_to_keep=1)
 
-    def read_settings(self, folder):
-        """What shaped the training whose state is in a folder, and whether it is finished."""
-        path = folder / self.folder.name / "settings.json"
-        settings = json.loads(path.read_text()) if path.is_file() else {}
-        return settings.pop("finished", False), settings
-
-    def write_settings(self, finished):
-        """Say what shapes this training, and whether it is finished."""
-        text = json.dumps({**self.settings, "finished": finished}, indent=2)
-        write_whole(self.folder / "settings.json", text)
-
-    def resume(self, earlier=()):
-        """Load the state from this folder, or else from one of the folders of `earlier`, if any.
-
-        Returns the number of steps that are done.
-        """
-        here, fitting = self.weights_path.parent, None
-        for folder in (here, *earlier):
-            finished, settings = self.read_settings(folder)
-            if settings == self.settings:
-                self.finished, fitting = finished, folder
-                break
-            if settings:
-                keys = [key for key in self.settings if settings.get(key) != self.settings[key]]
-                print(f"{self.name} in {folder} is not gone on with: other {', '.join(keys)}")
-        if fitting is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            self.write_settings(finished=False)
-            return 0
-        if fitting != here:
-            self.copy_from(fitting)
-        if self.history_path.is_file():
-            self.epochs = pd.read_csv(self.history_path, float_precision="round_trip")
-            self.epochs = self.epochs.to_dict("records")
-        if not self.finished:
-            self.manager.restore_or_initialize()
-            # An interruption may have come between the history and the state.
-            self.epochs = [row for row in self.epochs if row["step"] <= int(self.steps)]
-        return int(self.epochs[-1]["step"]) if self.epochs else 0
-
-    def copy_from(self, folder):
-        """Copy what another session left in `folder`, the state last."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for path in (self.weights_path, self.history_path):
-            if (folder / path.name).is_file():
-                shutil.copyfile(folder / path.name, path)
-        temporary = self.folder.with_name(f"part.{self.folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder / self.folder.name, temporary)
-        os.replace(temporary, self.folder)
+    def resume(self, earlier):
+        """Load the state from here or else from a folder of `earlier`; returns the steps done."""
+        folder = find_training(self.name, self.settings, (self.state.parent, *earlier))
+        if folder is None:
+            shutil.rmtree(self.state, ignore_errors=True)
+            self.state.mkdir()
+            write_settings(self.state, self.settings, finished=False)
+        elif folder != self.state.parent:
+            copy_training(self.name, folder, self.state.parent)
+        self.finished = read_settings(self.state)[1]
+        if not self.finished and self.manager.restore_or_initialize():
+            history = pd.read_csv(self.history_path, float_precision="round_trip")
+            rows = history["step"] <= int(self.done)  # a kill may have come before the state
+            self.epochs = history[rows].to_dict("records")
+        return int(self.done)
 
     def add(self, row):
         """Leave everything after an epoch, a dictionary with "step", "loss" and "val_loss"."""
-        best = min((epoch["val_loss"] for epoch in self.epochs), default=math.inf)
+        if row["val_loss"] < min((epoch["val_loss"] for epoch in self.epochs), default=math.inf):
+            save_weights(self.model, self.weights_path)
         self.epochs.append(row)
-        if row["val_loss"] < best:
-            temporary = self.weights_path.with_name("part." + self.weights_path.name)
-            self.model.save_weights(temporary)
-            os.replace(temporary, self.weights_path)
         write_whole(self.history_path, pd.DataFrame(self.epochs).to_csv(index=False))
-        self.steps.assign(row["step"])
+        self.done.assign(row["step"])
         self.manager.save()
-
-    def finish(self):
-        """Keep the weights and the history of a training that is complete, without its state."""
-        self.write_settings(finished=True)
-        for path in self.folder.glob("*ckpt*"):
-            path.unlink()
-        (self.folder / "checkpoint").unlink(missing_ok=True)
 
 
 # %% [markdown]
@@ -1818,6 +1842,15 @@ class Session:
         return share * (self.clock.left() - reserve - 1.25 * predictions * seconds)
 
 
+def time_batch(predict, batch, now):
+    """The seconds that each image of a batch takes, once the function is compiled."""
+    predict(*batch)
+    start = now()
+    predict(*batch).numpy()
+    return (now() - start) / len(batch[0])
+
+
+# %%
 class Plan:
     """The steps of a training, `total`: those that are wanted, or fewer by the clock."""
 
@@ -1851,14 +1884,6 @@ class Plan:
 
 
 # %%
-def time_batch(predict, batch, now):
-    """The seconds that each image of a batch takes, once the function is compiled."""
-    predict(*batch)
-    start = now()
-    predict(*batch).numpy()
-    return (now() - start) / len(batch[0])
-
-
 def run_epochs(session, config, loss, parts, epochs, record, allow):
     """Do the steps of a training that are not done yet, and leave them in its record."""
     strategy, now = session.accelerator.strategy, session.clock.now
@@ -1868,12 +1893,19 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
     steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
     validate = distribute(strategy, lambda images, planes: loss(planes, model(images)))
     step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
-    validation = make_dataset(config, *parts[1])
-    batches = iter(make_dataset(config, *parts[0], first=done * config.batch_size))
+    cache = make_cache(config, len(parts[0][0]) + count)
+    validation = make_dataset(config, *parts[1], cache=cache)
+    batches = iter(make_dataset(config, *parts[0], done * config.batch_size, cache))
     image_seconds = time_batch(validate, next(iter(validation)), now)
     deadline = now() + allow(image_seconds)
     plan = Plan(record.name, epochs, steps, deadline, count * image_seconds, now)
     progress = Progress(f"{record.name}: step", plan.total, done)
+
+    def revise():
+        plan.revise(done)
+        progress.total = plan.total
+        optimizer.inner_optimizer.total_steps = float(plan.total)
+
     while done < plan.total:
         losses = []
         while done < plan.total and (not losses or done % steps):
@@ -1881,22 +1913,23 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
             done += 1
             plan.count_step()
             if plan.timed in (10, 100, 1000):
-                plan.revise(done)
-                optimizer.inner_optimizer.total_steps = float(plan.total)
-                progress.total = plan.total
+                revise()
             progress.advance(f"(loss {losses[-1]:.4f})")
         start = now()
         validated = np.concatenate([validate(*batch).numpy() for batch in validation])[:count]
         plan.count_validation(start)
         means = {"loss": float(np.mean(losses)), "val_loss": float(validated.mean())}
         record.add({"epoch": done / steps, "step": done, **means})
-        plan.revise(done)
-        optimizer.inner_optimizer.total_steps = float(plan.total)
-        progress.total = plan.total
-    if done == epochs * steps:
-        record.finish()
+        revise()
+    if cache:
+        cache.clear()  # TensorFlow holds on to the dataset for longer
+    if done == epochs * steps:  # the weights and the history are enough from now on
+        write_settings(record.state, record.settings, finished=True)
+        for path in [*record.state.glob("*ckpt*"), *record.state.glob("checkpoint")]:
+            path.unlink()
 
 
+# %%
 def train(session, config, model, loss, parts, epochs, weights_path, allow):
     """Train a network for a number of epochs and load its best weights, those in `weights_path`.
 
@@ -1939,17 +1972,6 @@ def plot_histories(axes, histories, title, ylabel):
 
 
 # %%
-def find_presence(planes):
-    """Whether the masks of planes (batch, height, width) have pixels: float32 (batch, classes)."""
-    return tf.cast(tf.reduce_any(split_planes(planes) > 0, axis=(1, 2)), tf.float32)
-
-
-def make_classifier_loss(config):
-    """The cross-entropy as a function of planes and probabilities, one value per image."""
-    entropy = getattr(tf.keras.losses, CLASSIFIER_LOSS[config.activation])
-    return lambda planes, probabilities: entropy(find_presence(planes), probabilities)
-
-
 CLASSIFIER_SHARE = 0.25  # of the session that the classifiers may take
 
 
@@ -1960,10 +1982,11 @@ def train_classifier(session, run, labels, folds, folder, share=1.0):
     two names.
     """
     config, strategy = configure_classifier(run.config), session.accelerator.strategy
-    parts, loss = split_images(config, labels, folds, folder), make_classifier_loss(config)
+    parts = split_images(config, labels, folds, folder)
+    loss = functools.partial(classifier_loss, config)
+    tf.keras.backend.clear_session()
+    tf.keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        tf.keras.backend.clear_session()
-        tf.keras.utils.set_random_seed(config.seed)
         model = build_classifier(config)
     reserve, histories, left = (
         3600 * config.hours * (1 - CLASSIFIER_SHARE),
@@ -2224,15 +2247,13 @@ def train_unet(session, run, labels, folds, folder, share=1.0, predictions=0):
     It may take a share of what is left, less the time for a number of predictions of an image.
     """
     config, strategy = run.config, session.accelerator.strategy
-    parts, mask_loss = split_images(config, labels, folds, folder), make_loss(config)
+    parts = split_images(config, labels, folds, folder)
+    loss = functools.partial(unet_loss, config)
+    tf.keras.backend.clear_session()
+    tf.keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        tf.keras.backend.clear_session()
-        tf.keras.utils.set_random_seed(config.seed)
         model = build_efficient_unet(config)
     allow = functools.partial(session.allow, share, LAST_RESERVE, predictions)
-
-    def loss(planes, probabilities):
-        return mask_loss(split_planes(planes), probabilities)
 
     return train(session, config, model, loss, parts, config.epochs, run.weights("unet"), allow)
 
@@ -2290,6 +2311,17 @@ def find_band(image):
     return cv2.morphologyEx(dark, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0  # no single pixels
 
 
+@functools.lru_cache
+def resizing_weights(length, target):
+    """How TensorFlow's smooth resizing weighs pixels along a line: float32 (target, length).
+
+    As a product of matrices it compiles for a TPU, which TensorFlow's own operation does not.
+    """
+    lines = np.eye(length, dtype=np.float32)[..., None]
+    with tf.init_scope():
+        return tf.image.resize(lines, (target, length), antialias=True)[..., 0].numpy()
+
+
 def find_maps(unet, flips, images):
     """The maps of a batch of images: uint8 (batch, 350, 525, classes).
 
@@ -2298,7 +2330,8 @@ def find_maps(unet, flips, images):
     turns = [[], [1], [2], [1, 2]] if flips else [[]]  # axes that are reversed
     several = [tf.reverse(unet(tf.reverse(images, turn), training=False), turn) for turn in turns]
     probabilities = tf.add_n(several)[..., -len(CLASSES) :] / len(turns)
-    resized = tf.image.resize(probabilities, SUBMISSION_SIZE, antialias=True)
+    rows, columns = map(resizing_weights, probabilities.shape[1:3], SUBMISSION_SIZE)
+    resized = tf.einsum("yh,bhwc,xw->byxc", rows, probabilities, columns)
     return tf.cast(tf.round(255 * tf.clip_by_value(resized, 0, 1)), tf.uint8)
 
 

@@ -45,24 +45,25 @@ def test_bytes_in_and_float32_probabilities_out(kernel, tiny, activation):
 def test_presence_is_a_pixel_of_the_mask(kernel):
     masks = np.zeros((2, 5, 6, 4), np.uint8)
     masks[0, 4, 5, 1] = masks[1, :, :, 3] = masks[1, 0, 0, 0] = 1
-    _, presence = kernel.find_presence(None, tf.constant(masks))
+    planes = (masks << np.arange(4, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    presence = kernel.find_presence(tf.constant(planes))
     assert presence.numpy().tolist() == [[0, 1, 0, 0], [1, 0, 0, 1]]
 
 
 def test_baseline_trains_the_head_and_fine_tuning_all_with_a_new_optimiser(
-    kernel, tiny, labels, sample, tmp_path, monkeypatch
+    kernel, session, tiny, labels, sample, tmp_path, monkeypatch
 ):
     optimizers, make_optimizer = [], kernel.make_optimizer
 
-    def remember(config, total_steps):
-        optimizers.append((make_optimizer(config, total_steps), total_steps))
+    def remember(config, total_steps, weights):
+        optimizers.append((make_optimizer(config, total_steps, weights), total_steps))
         return optimizers[-1][0]
 
     monkeypatch.setattr(kernel, "make_optimizer", remember)
     config = kernel.replace(tiny, classifier_epochs=(2, 1), activation="softmax", folds=3)
     (run,) = kernel.list_runs(kernel.replace(config, folds_to_run=()), tmp_path)
     folds = kernel.assign_folds(labels, 3, seed=0)
-    histories = kernel.train_classifier(run, labels, folds, sample / "train_images")
+    histories = kernel.train_classifier(session, run, labels, folds, sample / "train_images")
     assert {name: len(history) for name, history in histories.items()} == {
         "baseline": 2,
         "classifier": 1,

@@ -104,14 +104,3 @@ def test_a_file_is_written_whole_or_not_at_all(kernel, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         kernel.write_whole(tmp_path / "results.json", "new")
     assert (tmp_path / "results.json").read_text() == "old"
-
-
-def test_only_what_is_missing_is_installed(kernel, monkeypatch):
-    commands = []
-    monkeypatch.setattr(kernel.subprocess, "run", lambda command, check: commands.append(command))
-    assert kernel.install_missing({"json": "json==1"}) == []
-    assert commands == []
-    assert kernel.install_missing({"json": "json==1", "no_such_module": "nothing==2"}) == [
-        "nothing==2"
-    ]
-    assert commands[0][1:] == ["-m", "pip", "install", "--quiet", "--no-deps", "nothing==2"]

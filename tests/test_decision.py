@@ -307,7 +307,9 @@ def test_maps_of_every_image_are_bytes_at_the_submission_s_size(
     background = [tf.ones_like(red)] * (channels - 4)
     model = tf.keras.Model(images, tf.concat([*background, *classes], axis=-1))
     config = kernel.replace(tiny, activation=activation, batch_size=5)
-    predict = kernel.compile_function(config, functools.partial(kernel.find_maps, model, False))
+    predict = kernel.distribute(
+        tf.distribute.get_strategy(), functools.partial(kernel.find_maps, model, False)
+    )
     found = list(kernel.predict_maps(config, predict, paths))
     assert len(found) == len(paths) == 12  # 5 + 5 + 2
     for path, maps in zip(paths, found):

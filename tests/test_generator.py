@@ -140,13 +140,12 @@ def collect(dataset, batches):
 
 
 @pytest.mark.parametrize("first", [0, 17, 24, 31])
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cache", [None, {}])
 def test_training_batches_are_full_and_epochs_follow_the_plan(
-    kernel, tiny, labels, paths, first, cached, monkeypatch
+    kernel, tiny, labels, paths, first, cache
 ):
-    monkeypatch.setattr(kernel, "CACHE_SHARE", 0.5 * cached)
     config = kernel.replace(tiny, batch_size=5)
-    images, planes = collect(kernel.make_dataset(config, paths, labels, first=first), 8)
+    images, planes = collect(kernel.make_dataset(config, paths, labels, first, cache), 8)
     assert images.shape == (40, 64, 96, 3) and planes.shape == (40, 64, 96)
     assert images.dtype == planes.dtype == np.uint8
     plan = np.concatenate([kernel.plan_epoch(12, epoch, config.seed) for epoch in range(3)])
@@ -168,7 +167,8 @@ def test_images_are_decoded_once_if_there_is_memory_for_all(
     for free, times in ((1.01 * pixels, 1), (0.99 * pixels, 3)):
         monkeypatch.setattr(kernel, "free_memory", lambda free=free: free / kernel.CACHE_SHARE)
         decoded.clear()
-        dataset = kernel.make_dataset(tiny, paths, labels)
+        cache = kernel.make_cache(tiny, len(paths))
+        dataset = kernel.make_dataset(tiny, paths, labels, cache=cache)
         for _ in range(3):
             collect(dataset, None)
         assert len(decoded) == times * len(paths)

@@ -52,12 +52,17 @@ def test_earlier_runs_are_found_where_kaggle_mounts_them_or_where_it_is_said(ker
     attached = tmp_path / "notebooks" / "someone" / "clouds-b1"
     first = make_results(kernel, attached, kernel.SAMPLE, 0.6)
     second = make_results(kernel, tmp_path / "my-dataset", kernel.BEST, 0.5)
+
+    def find_runs(chosen, environment):
+        paths = kernel.find_earlier(chosen, environment, tmp_path)
+        return [run for path in paths for run in kernel.read_results(path)]
+
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text('{"accuracy": 1}')
-    assert kernel.find_earlier(None, {}, tmp_path) == [*second, *first]
-    assert kernel.find_earlier([str(attached)], {}, tmp_path) == first
+    assert find_runs(None, {}) == [*second, *first]
+    assert find_runs([str(attached)], {}) == first
     listed = {"CLOUDS_EARLIER": f"{attached}{kernel.os.pathsep}{tmp_path / 'my-dataset'}"}
-    assert kernel.find_earlier(["elsewhere"], listed, tmp_path) == [*first, *second]
+    assert find_runs(["elsewhere"], listed) == [*first, *second]
     assert kernel.find_earlier(None, {}, tmp_path / "none") == []
     with pytest.raises(FileNotFoundError, match="no elsewhere/results.json"):
         kernel.find_earlier(["elsewhere"], {}, tmp_path)
@@ -154,7 +159,7 @@ def test_probabilities_of_a_fold_s_classifiers_are_told_apart(
     folds = kernel.assign_folds(labels, config.folds, config.seed)
     answers = {run.name: np.full(4, index / 10) for index, run in enumerate(runs)}
 
-    def predict(run, network, paths):
+    def predict(run, network, paths, strategy):
         return np.tile(answers[run.name], (len(paths), 1))
 
     monkeypatch.setattr(kernel, "predict_presence", predict)
@@ -164,3 +169,20 @@ def test_probabilities_of_a_fold_s_classifiers_are_told_apart(
         assert list(table.columns) == list(kernel.CLASSES)
         assert (table == fold / 10).all().all()
     assert isinstance(tables[0], pd.DataFrame)
+
+
+def test_with_training_switched_off_the_runs_are_those_of_an_earlier_session(kernel, tmp_path):
+    base = kernel.replace(kernel.SAMPLE, folds_to_run=(0, 1), image_size=(64, 96))
+    make_results(kernel, tmp_path / "bare", base, 0.5)
+    trained = make_results(kernel, tmp_path / "trained", base, 0.6, weights=True)
+    for run in trained:
+        run.weights("baseline").touch()
+    paths = kernel.find_earlier([tmp_path / "bare", tmp_path / "trained"], {}, tmp_path)
+    earlier = [run for path in paths for run in kernel.read_results(path)]
+    off = kernel.replace(kernel.SAMPLE, folds_to_run=(1,), train=False)
+    (found,) = kernel.list_runs(off, tmp_path, earlier)
+    assert found.folder == tmp_path / "trained" and found.results == {}
+    assert found.config == kernel.replace(trained[1].config, train=False)  # as it was trained
+    trained[1].weights("unet").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights of efficientnet-0.5-0.3-fold1. Attach"):
+        kernel.list_runs(off, tmp_path, earlier)

@@ -49,13 +49,9 @@ def split(paths, labels):
 def train_small(kernel, session, config, paths, labels, output, allow=allow_all, loss=None):
     """Train a small network on eight images of the sample; returns it and its history."""
     tf.keras.utils.set_random_seed(config.seed)
-    model, mask_loss = build_small(config), loss or kernel.make_loss(config)
+    model, loss = build_small(config), loss or functools.partial(kernel.unet_loss, config)
     path = output / "small.weights.h5"
-
-    def plane_loss(planes, probabilities):
-        return mask_loss(kernel.split_planes(planes), probabilities)
-
-    arguments = (model, plane_loss, split(paths, labels), config.epochs, path, allow)
+    arguments = (model, loss, split(paths, labels), config.epochs, path, allow)
     return model, kernel.train(session, config, *arguments)
 
 
@@ -64,8 +60,8 @@ def measure_loss(kernel, config, model, paths, labels):
     losses = []
     for path, rles in zip(paths[8:], labels[8:].to_numpy()):
         image, plane = kernel.load_example(config, path, rles)
-        masks = kernel.split_plane(plane)[None]
-        losses.append(kernel.make_loss(config)(masks, model.predict(image[None], verbose=0)))
+        probabilities = model.predict(image[None], verbose=0)
+        losses.append(kernel.unet_loss(config, tf.constant(plane[None]), probabilities))
     return float(np.mean(losses))
 
 
@@ -149,11 +145,11 @@ def test_paper_trains_and_predicts(kernel, session, labels, paths, sample, tmp_p
 # Several replicas, and XLA
 
 REPLICAS = """
-import numpy as np, tensorflow as tf
+import functools, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 frozen = sys.argv[1] == "different"
-config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=4, precision="float32")
+config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=4, precision=sys.argv[2])
 config = kernel.replace(config, learning_rate=0.1)  # so that three steps move the weights
 random = np.random.default_rng(0)
 steps = []
@@ -163,8 +159,7 @@ for step in range(3):
     if not frozen:  # both replicas see the same, so that their batch statistics are those of all
         images[2:], planes[2:] = images[:2], planes[:2]
     steps.append((tf.constant(images), tf.constant(planes)))
-mask_loss = kernel.make_loss(config)
-loss = lambda planes, p: mask_loss(kernel.split_planes(planes), p)
+loss = functools.partial(kernel.unet_loss, config)
 mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 found = []
 for strategy in (tf.distribute.get_strategy(), mirrored):
@@ -197,12 +192,53 @@ for first, second in zip(weights, other_weights):
 """
 
 
-@pytest.mark.parametrize("halves", ["different", "equal"])
-def test_two_replicas_train_like_one_device_with_the_whole_batch(halves):
+@pytest.mark.parametrize(
+    ("halves", "precision"),
+    [("different", "float32"), ("equal", "float32"), ("different", "mixed_float16")],
+)
+def test_two_replicas_train_like_one_device_with_the_whole_batch(halves, precision):
     """With different halves batch statistics are frozen, as each replica would have its own."""
-    done = run_python(REPLICAS, halves)
+    done = run_python(REPLICAS, halves, precision)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+TWO = """
+import functools, numpy as np, tensorflow as tf
+from pathlib import Path
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+sample, output = Path(sys.argv[1]), Path(sys.argv[2])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+accelerator = kernel.replace(kernel.make_strategy({}), strategy=strategy)
+session = kernel.Session(accelerator, kernel.Clock(1000))
+labels = kernel.read_labels(sample / "train.csv")
+sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "folds": 3, "folds_to_run": ()}
+config = kernel.replace(kernel.SAMPLE, epochs=1, classifier_epochs=(1, 1), **sizes)
+config = kernel.suit(config, accelerator)
+(run,) = kernel.list_runs(config, output)
+run = kernel.fit_run(run, config, accelerator)
+labelled = labels, kernel.assign_folds(labels, 3, seed=0), sample / "train_images"
+kernel.train_classifier(session, run, *labelled)
+kernel.train_unet(session, run, *labelled)
+paths = [labelled[2] / name for name in labels.index[:5]]
+for network in ("baseline", "classifier"):
+    found = [kernel.predict_presence(run, network, paths, one) for one in (strategy, None)]
+    np.testing.assert_allclose(*found, rtol=1e-4)
+maps = []
+for one in (strategy, tf.distribute.get_strategy()):
+    unet = kernel.load_network(run, "unet", one)
+    predict = kernel.distribute(one, functools.partial(kernel.find_maps, unet, True))
+    maps.append(list(kernel.predict_maps(run.config, predict, paths)))
+assert np.shape(maps[0]) == (5, 350, 525, 4) and np.ptp(maps[0]) > 0
+assert np.abs(np.subtract(*np.array(maps, int))).max() <= 1
+"""
+
+
+def test_two_replicas_train_and_predict_from_end_to_end(sample, tmp_path):
+    done = run_python(TWO, sample, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*.weights.h5"))) == 3
 
 
 @pytest.mark.parametrize("network", ["classifier", "unet"])
@@ -214,19 +250,35 @@ def test_a_whole_training_step_compiles_for_a_tpu(kernel, tiny, network):
     results = []
     for compiled in (True, False):
         tf.keras.utils.set_random_seed(0)
-        model, mask_loss = kernel.build_network(tiny, network), kernel.make_loss(tiny)
-        loss = kernel.make_classifier_loss(tiny)
-        if network == "unet":
-
-            def loss(planes, probabilities, mask_loss=mask_loss):
-                return mask_loss(kernel.split_planes(planes), probabilities)
-
+        model = kernel.build_network(tiny, network)
+        measure = kernel.unet_loss if network == "unet" else kernel.classifier_loss
+        loss = functools.partial(measure, tiny)
         optimizer = kernel.make_optimizer(tiny, 10, model.trainable_variables)
         step = kernel.make_step(model, loss, optimizer, 1)
         step = tf.function(step, autograph=False, jit_compile=compiled)
         results.append([step(images, planes).numpy() for _ in range(2)])
     assert step.get_concrete_function(images, planes).outputs[0].shape == (2,)
     np.testing.assert_allclose(*results, rtol=2e-3)
+
+
+def test_a_prediction_compiles_for_a_tpu(kernel, tiny):
+    """With static shapes; and its resizing is TensorFlow's own, which XLA has not."""
+    model = kernel.build_efficient_unet(tiny)
+    images = np.random.default_rng(0).integers(256, size=(2, 64, 96, 3), dtype=np.uint8)
+    predict = functools.partial(kernel.find_maps, model, False)
+    predict = tf.function(predict, autograph=False, jit_compile=True)
+    maps = predict(tf.constant(images))
+    assert maps.shape == (2, 350, 525, 4)
+    resized = tf.image.resize(model(images, training=False), (350, 525), antialias=True)
+    assert np.abs(maps.numpy() - 255 * resized.numpy()).max() < 0.51
+
+
+@pytest.mark.parametrize(("length", "target"), [(1312, 350), (2080, 525), (64, 350)])
+def test_resizing_by_matrices_is_tensorflow_s(kernel, length, target):
+    line = np.random.default_rng(0).random((1, length, 1, 1)).astype(np.float32)
+    expected = tf.image.resize(line, (target, 1), antialias=True).numpy()[0, :, 0, 0]
+    found = kernel.resizing_weights(length, target) @ line[0, :, 0, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_stochastic_depth_depends_on_the_step_and_the_layer_only(kernel):

@@ -1,4 +1,4 @@
-"""Time the generator at full size beside its floor, the decoding of the JPEG files alone.
+"""Time the generator beside its floor, the decoding of the JPEG files alone.
 
 PYTHONPATH=tests python tests/benchmarks/generator.py INPUT_FOLDER [EXAMPLES]
 """
@@ -12,11 +12,22 @@ import cv2
 import numpy as np
 from conftest import KERNEL
 
+FLAGS = {(1312, 2080): cv2.IMREAD_COLOR, (320, 480): cv2.IMREAD_REDUCED_COLOR_4}
 
-def milliseconds(examples, dataset):
-    """The time per example of a dataset of single examples, after four to warm up."""
-    iterator = iter(dataset)
-    for _ in range(4):
+
+def measure_decoding(paths, flag, examples):
+    """Milliseconds to decode an image from memory, nothing else."""
+    files = [np.fromfile(path, np.uint8) for path in paths]
+    start = time.perf_counter()
+    for index in range(examples):
+        cv2.imdecode(files[index % len(files)], flag)
+    return 1000 * (time.perf_counter() - start) / examples
+
+
+def measure_dataset(config, paths, labels, cache, examples):
+    """Milliseconds for a training example, after two epochs to warm up."""
+    iterator = iter(KERNEL.make_dataset(config, paths, labels, 0, cache))
+    for _ in range(4 * len(paths)):
         next(iterator)
     start = time.perf_counter()
     for _ in itertools.islice(iterator, examples):
@@ -25,42 +36,31 @@ def milliseconds(examples, dataset):
 
 
 def main(folder, examples):
-    """Print the floor, and the generator with one and two threads."""
+    """Print the floor and the generator at both sizes, with one and two threads."""
     labels = KERNEL.read_labels(folder / "train.csv")
     paths = [folder / "train_images" / name for name in labels.index]
     cv2.setNumThreads(1)
-    files = [np.fromfile(path, np.uint8) for path in paths]
-    start = time.perf_counter()
-    for index in range(examples):
-        cv2.imdecode(files[index % len(files)], cv2.IMREAD_COLOR)
-    floor = 1000 * (time.perf_counter() - start) / examples
-    print(f"{'JPEG decoding alone':42} {floor:6.1f} ms an image")
-
-    epoch = KERNEL.replace(KERNEL.PAPER, batch_size=1)
-    kinds = {
-        "a training epoch": epoch,
-        "the same, all four in every copy": KERNEL.replace(epoch, augmentation_probability=1.0),
-    }
-    for kind, config in kinds.items():
-        single = 0.0
-        for threads in (1, 2):
-            config = KERNEL.replace(config, threads=threads)
-            time_each = milliseconds(
-                examples, KERNEL.make_dataset(config, paths, labels, training=True)
+    for size, flag in FLAGS.items():
+        config = KERNEL.replace(KERNEL.PAPER, batch_size=1, image_size=size)
+        floor = measure_decoding(paths, flag, examples)
+        print(f"{size}: {floor:.1f} ms to decode an image")
+        kinds = {
+            "half of the examples augmented": (config, None),
+            "the same with all four transforms in every copy": (
+                KERNEL.replace(config, augmentation_probability=1.0),
+                None,
+            ),
+            "half augmented, decoded images in memory": (config, {}),
+        }
+        for kind, (config, cache) in kinds.items():
+            times = []
+            for threads in (1, 2):
+                threaded = KERNEL.replace(config, threads=threads)
+                times.append(measure_dataset(threaded, paths, labels, cache, examples))
+            print(
+                f"  {kind}: {times[0]:.1f} ms on one thread, {times[0] / floor:.2f} x decoding; "
+                f"{times[1]:.1f} ms on two, {times[0] / times[1]:.2f} x the rate"
             )
-            single = single or time_each
-            ratios = (
-                f"{time_each / floor:.2f} x floor, {single / time_each:.2f} x one thread's rate"
-            )
-            print(f"{f'{kind}, threads: {threads}':42} {time_each:6.1f} ms an example, {ratios}")
-
-    config = KERNEL.replace(epoch, augmentation_probability=1.0)
-    start = time.perf_counter()
-    for index in range(examples):
-        index %= len(paths)
-        KERNEL.load_example(config, paths[index], labels.iloc[index], draw=index)
-    each = 1000 * (time.perf_counter() - start) / examples
-    print(f"{'only copies with all four, threads: 1':42} {each:6.1f} ms an example")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ EfficientUNet is trained on all images without augmentation, up to a high traini
 
 import functools
 import itertools
-import math
 import sys
 import tempfile
 import time
@@ -22,10 +21,10 @@ from conftest import KERNEL
 def cover_of_band(config, paths, labels, batches):
     """The shares of the black band under an image's own masks, and under the next image's."""
     own, other, band = 0, 0, 0
-    dataset = KERNEL.make_dataset(config, paths, labels, training=True)
-    for images, masks in itertools.islice(dataset, batches):
+    dataset = KERNEL.make_dataset(config, paths, labels, first=0)
+    for images, planes in itertools.islice(dataset, batches):
         black = images.numpy().max(axis=-1) <= KERNEL.BAND_BRIGHTNESS
-        masked = masks.numpy().any(axis=-1)
+        masked = planes.numpy() > 0
         band += black.sum()
         own += (black & masked).sum()
         other += (black & np.roll(masked, 1, axis=0)).sum()
@@ -36,24 +35,27 @@ def main(folder, epochs):
     """Print both proofs."""
     labels = KERNEL.read_labels(folder / "train.csv")
     paths = [folder / "train_images" / name for name in labels.index]
-    changes = {"encoder": "efficientnetb0", "epochs": epochs, "learning_rate": 2e-3}
-    config = KERNEL.replace(KERNEL.SAMPLE, **changes)
+    changes = {"encoder": "efficientnetb0", "epochs": epochs, "learning_rate": 5.7e-3}
+    session = KERNEL.Session(KERNEL.make_strategy({}), KERNEL.Clock(1000))
+    config = KERNEL.suit(KERNEL.replace(KERNEL.SAMPLE, **changes), session.accelerator)
     own, other = cover_of_band(config, paths, labels, batches=50)
     print(f"black pixels under masks: own {own:.2%}, another image's {other:.2%}")
 
     config = KERNEL.replace(config, augmentation_probability=0.0)
-    training = KERNEL.make_dataset(config, paths, labels, training=True)
-    validation = KERNEL.make_dataset(config, paths, labels)
     KERNEL.tf.keras.utils.set_random_seed(config.seed)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
-        data = training, validation, math.ceil(2 * len(paths) / config.batch_size)
-        model, loss = KERNEL.build_efficient_unet(config), KERNEL.make_loss(config)
-        path = Path(output) / "unet.weights.h5"
-        history = KERNEL.train(config, model, loss, data, epochs, path)
+        model, loss = (
+            KERNEL.build_efficient_unet(config),
+            functools.partial(KERNEL.unet_loss, config),
+        )
+        parts, path = [(paths, labels)] * 2, Path(output) / "unet.weights.h5"
+        arguments = (model, loss, parts, epochs, path, lambda seconds: 1e6)
+        history = KERNEL.train(session, config, *arguments)
     seconds = time.perf_counter() - start
     print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")
-    predict = KERNEL.compile_function(config, functools.partial(KERNEL.find_maps, model, False))
+    maps = functools.partial(KERNEL.find_maps, model, False)
+    predict = KERNEL.distribute(session.accelerator.strategy, maps)
     _, (areas, overlaps) = KERNEL.count_validation([(config, predict)], paths, labels)
     decisions = np.full(areas.shape[:2], 128)
     scores = KERNEL.score_decisions(areas, overlaps, decisions)
