@@ -57,8 +57,8 @@ import sys
 import time
 
 STARTED = time.monotonic()  # the session's hours are counted from here
-ON_KAGGLE = {
-    "albumentations": "albumentations==2.0.8",
+ON_KAGGLE = {  # by the module that a package brings
+    "albumentations": "albumentations==2.0.8 opencv-python-headless==4.13.0.92",
     "cv2": "opencv-python==4.13.0.92",
     "matplotlib": "matplotlib==3.10.0",
     "numpy": "numpy==2.0.2",
@@ -97,7 +97,7 @@ def has_package(name):
 def plan_installation(environment=os.environ, has_module=has_module, has_package=has_package):
     """The arguments of the calls of pip that bring what cannot be imported, in their order."""
     ordinary, alone = (
-        [pin for module, pin in packages.items() if not has_module(module)]
+        [pin for module in packages if not has_module(module) for pin in packages[module].split()]
         for packages in (ON_KAGGLE, MISSING_ON_KAGGLE)
     )
     calls = []
@@ -403,7 +403,7 @@ class Accelerator:
     name: str
     precision: str  # Keras's policy that suits it
     memory: int  # bytes for each replica
-    hours: float  # that Kaggle grants a session with it
+    hours: float  # that Kaggle grants a session with it, less a quarter to start and to end
 
     @property
     def replicas(self):
@@ -458,15 +458,15 @@ def make_strategy(environment=os.environ):
     if on_tpu(environment):
         strategy = start_tpu()
         name = f"TPU, {strategy.num_replicas_in_sync} cores"
-        return Accelerator(strategy, name, "mixed_bfloat16", TPU_MEMORY, 9)
+        return Accelerator(strategy, name, "mixed_bfloat16", TPU_MEMORY, 8.75)
     if gpus:
         name, capability, memory = measure_gpus(gpus)
         tensor_cores = capability >= (7, 0)
         several = len(gpus) > 1
         strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
         precision = "mixed_float16" if tensor_cores else "float32"
-        return Accelerator(strategy, name, precision, memory, 12)
-    return Accelerator(tf.distribute.get_strategy(), "CPU", "float32", free_memory(), 12)
+        return Accelerator(strategy, name, precision, memory, 11.75)
+    return Accelerator(tf.distribute.get_strategy(), "CPU", "float32", free_memory(), 11.75)
 
 
 def suit(config, accelerator):
@@ -480,8 +480,9 @@ def suit(config, accelerator):
 
 
 # %% [markdown]
-# A session has `Config.hours`, counted from the first cell. The time of a step and of a prediction
-# is measured when training begins, and the epochs are planned so that the predictions fit in.
+# A session has `Config.hours`, counted from the first cell, or else what Kaggle grants. How long a
+# step and a prediction take is measured when training begins, and as many epochs are planned as
+# leave time for all predictions.
 
 
 # %%
@@ -501,8 +502,8 @@ accelerator = make_strategy()
 config = suit(config, accelerator)
 clock = Clock(config.hours)
 print(
-    f"{accelerator.name}: {accelerator.replicas} replica(s) in {config.precision}, each with "
-    f"{accelerator.memory / GIBIBYTE:.1f} GiB; {clock.left() / 3600:.2f} hours left"
+    f"{accelerator.name}: {accelerator.replicas} x {accelerator.memory / GIBIBYTE:.1f} GiB, "
+    f"{config.precision}, {clock.left() / 3600:.2f} hours left"
 )
 
 # %% [markdown]
@@ -987,7 +988,10 @@ plt.show()
 # follow one another without a break, so that every training batch is full and no example is lost.
 #
 # A draw is a number that belongs to the example, not to the thread that happens to work on it, so
-# that the same seed gives the same epochs whatever the number of threads.
+# that the same seed gives the same epochs whatever the number of threads. albumentations draws and
+# flips; what it draws for the rotation and the distortion is carried out as a single warp. Planes
+# are split into masks on the device. Where the decoded pictures fit into the memory, as small ones
+# do, each is decoded once.
 
 
 # %%
@@ -1333,7 +1337,9 @@ def build_classifier(config):
 # **EfficientUNet** adds a decoder, which doubles the size of the encoder's last map five times.
 # Each time it upsamples bilinearly, concatenates the encoder's map of that size (at full size there
 # is none) and convolves 3 x 3, twice, to 256, 128, 64, 32 and at last 16 channels. It is
-# segmentation-models' U-Net, which upsamples by the nearest pixel; we change that one setting.
+# segmentation-models' U-Net, which upsamples by the nearest pixel; we change that one setting, and
+# two parts of the encoder: the random omission of its blocks, which has to go on where it stopped
+# when a training is interrupted, and its activation, which takes more memory than it needs.
 
 
 # %%
@@ -1806,6 +1812,9 @@ class Record:
             history = pd.read_csv(self.history_path, float_precision="round_trip")
             rows = history["step"] <= int(self.done)  # a kill may have come before the state
             self.epochs = history[rows].to_dict("records")
+        if folder is not None:
+            state = "is finished" if self.finished else f"goes on after {int(self.done)} steps"
+            print(f"{self.name} {state}, in {folder}")
         return int(self.done)
 
     def add(self, row):
@@ -1891,7 +1900,9 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
     if record.finished:
         return
     steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
-    validate = distribute(strategy, lambda images, planes: loss(planes, model(images)))
+    validate = distribute(
+        strategy, lambda images, planes: loss(planes, model(images, training=False))
+    )
     step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
     cache = make_cache(config, len(parts[0][0]) + count)
     validation = make_dataset(config, *parts[1], cache=cache)
@@ -1967,19 +1978,19 @@ def plot_histories(axes, histories, title, ylabel):
 #
 # The classifier is trained twice. First the encoder stays frozen as it came from ImageNet, and only
 # the four outputs are trained: the paper's *baseline*. From there everything is *fine-tuned*. The
-# images, folds and augmentations are those of the segmentation; a class is present if its mask has
-# a pixel.
+# images, folds and augmentations are those of the segmentation. All classifiers together may take a
+# quarter of what is left of the session.
 
 
 # %%
-CLASSIFIER_SHARE = 0.25  # of the session that the classifiers may take
+CLASSIFIER_SHARE = 0.25  # of what is left of the session when their training begins
 
 
-def train_classifier(session, run, labels, folds, folder, share=1.0):
+def train_classifier(session, run, labels, folds, folder, share=1.0, reserve=0.0):
     """Train a run's baseline and then its classifier, and leave their weights.
 
-    They may take a share of what is left of the classifiers' time. Returns their histories by these
-    two names.
+    They may take a share of what is left of the session, less `reserve` seconds. Returns their
+    histories by these two names.
     """
     config, strategy = configure_classifier(run.config), session.accelerator.strategy
     parts = split_images(config, labels, folds, folder)
@@ -1988,17 +1999,14 @@ def train_classifier(session, run, labels, folds, folder, share=1.0):
     tf.keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = build_classifier(config)
-    reserve, histories, left = (
-        3600 * config.hours * (1 - CLASSIFIER_SHARE),
-        {},
-        sum(config.classifier_epochs),
-    )
+    histories, used = {}, 0.0
     for network, epochs in zip(("baseline", "classifier"), config.classifier_epochs):
         model.get_layer(index=2).trainable = network == "classifier"  # the encoder
-        allow = functools.partial(session.allow, share * epochs / left, reserve, 0)
+        own = share * epochs / sum(config.classifier_epochs)
+        allow = functools.partial(session.allow, own / (1 - used), reserve, 0)
         path = run.weights(network)
         histories[network] = train(session, config, model, loss, parts, epochs, path, allow)
-        left -= epochs
+        used += own
     return histories
 
 
@@ -2022,10 +2030,10 @@ def predict_presence(run, network, paths, strategy=None):
 
 # %% tags=["nbval-ignore-output"]
 session = Session(accelerator, clock, tuple(earlier_sessions))
-classifier_histories = {}
+reserve, classifier_histories = (1 - CLASSIFIER_SHARE) * clock.left(), {}
 for index, run in enumerate(runs):
     share = 1 / (len(runs) - index)
-    classifier_histories[run.name] = train_classifier(session, run, *labelled, share)
+    classifier_histories[run.name] = train_classifier(session, run, *labelled, share, reserve)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
@@ -2234,7 +2242,8 @@ plt.show()
 # %% [markdown]
 # ## Segment the patterns
 #
-# Now EfficientUNet for the same runs.
+# Now EfficientUNet for the same runs. What is left of the session, less the time for all
+# predictions, is divided among them by the operations that their networks take.
 
 
 # %%
@@ -2882,8 +2891,9 @@ plt.show()
 # ## Predict and write the submission
 #
 # Test images are read, predicted by all networks and encoded batch by batch, so that memory does
-# not grow with their number. The submission has the rows of `sample_submission.csv` in its order,
-# is written whole, and is read back and checked.
+# not grow with their number; should the time run out, the rest of them get empty masks. The
+# submission has the rows of `sample_submission.csv` in its order, is written whole, and is read
+# back and checked.
 
 
 # %%
@@ -3056,4 +3066,5 @@ print(f"In {output}:", ", ".join(sorted(path.name for path in output.iterdir()))
 # To go further, change the cell of parameters: a larger encoder (`{"encoder": "efficientnetb2"}`),
 # all folds (`{"folds_to_run": [0, 1, 2, 3, 4]}`, or one per session and their outputs attached to
 # the last), or more epochs. A smaller `image_size`, such as (640, 960), trains several times
-# faster.
+# faster. If a session ends before its training does, attach its output to the next, which goes on
+# from there.
