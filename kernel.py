@@ -1667,6 +1667,11 @@ def distribute(strategy, function):
 
 
 # %%
+def make_validation(model, loss):
+    """A function of images and planes that returns their losses, without training."""
+    return lambda images, planes: loss(planes, model(images, training=False))
+
+
 def make_step(model, loss, optimizer, replicas):
     """A training step of a replica: a function of images and planes that returns their losses.
 
@@ -1740,6 +1745,20 @@ def write_settings(state, settings, finished):
     write_whole(state / "settings.json", json.dumps({**settings, "finished": finished}, indent=2))
 
 
+def begin_training(state, settings):
+    """Make the folder `state` anew, for a training that these settings shape."""
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir()
+    write_settings(state, settings, finished=False)
+
+
+def finish_training(state, settings):
+    """Mark a training as complete. Its weights and its history are enough from now on."""
+    write_settings(state, settings, finished=True)
+    for path in [*state.glob("*ckpt*"), *state.glob("checkpoint")]:
+        path.unlink()
+
+
 def read_settings(state):
     """The settings and whether the training is finished, as they were left; ({}, False) if not."""
     path = state / "settings.json"
@@ -1802,9 +1821,7 @@ class Record:
         """Load the state from here or else from a folder of `earlier`; returns the steps done."""
         folder = find_training(self.name, self.settings, (self.state.parent, *earlier))
         if folder is None:
-            shutil.rmtree(self.state, ignore_errors=True)
-            self.state.mkdir()
-            write_settings(self.state, self.settings, finished=False)
+            begin_training(self.state, self.settings)
         elif folder != self.state.parent:
             copy_training(self.name, folder, self.state.parent)
         self.finished = read_settings(self.state)[1]
@@ -1900,16 +1917,13 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
     if record.finished:
         return
     steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
-    validate = distribute(
-        strategy, lambda images, planes: loss(planes, model(images, training=False))
-    )
+    validate = distribute(strategy, make_validation(model, loss))
     step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
     cache = make_cache(config, len(parts[0][0]) + count)
     validation = make_dataset(config, *parts[1], cache=cache)
     batches = iter(make_dataset(config, *parts[0], done * config.batch_size, cache))
-    image_seconds = time_batch(validate, next(iter(validation)), now)
-    deadline = now() + allow(image_seconds)
-    plan = Plan(record.name, epochs, steps, deadline, count * image_seconds, now)
+    each = time_batch(validate, next(iter(validation)), now)
+    plan = Plan(record.name, epochs, steps, now() + allow(each), count * each, now)
     progress = Progress(f"{record.name}: step", plan.total, done)
 
     def revise():
@@ -1934,10 +1948,8 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
         revise()
     if cache:
         cache.clear()  # TensorFlow holds on to the dataset for longer
-    if done == epochs * steps:  # the weights and the history are enough from now on
-        write_settings(record.state, record.settings, finished=True)
-        for path in [*record.state.glob("*ckpt*"), *record.state.glob("checkpoint")]:
-            path.unlink()
+    if done == epochs * steps:
+        finish_training(record.state, record.settings)
 
 
 # %%
