@@ -857,7 +857,7 @@ runs = list_runs(config, output, earlier)
 members = choose_members(runs, earlier, folds)
 if not (output / "results.json").exists():  # by which this session is known if it ends early
     write_whole(output / "results.json", json.dumps({"notebook": TITLE, "runs": []}))
-print("Trained here:", ", ".join(run.name for run in runs))
+print("Trained here:" if config.train else "Loaded:", ", ".join(run.name for run in runs))
 print("Earlier runs:", ", ".join(f"{run.name} in {run.folder}" for run in earlier) or "none")
 print("Predicting together:", ", ".join(run.name for run in members))
 
@@ -902,7 +902,8 @@ def find_weights(config, mount=Path("/kaggle/input"), home=None):
 
 # %% tags=["nbval-ignore-output"]
 starts = {run.name: find_weights(run.config) for run in runs if config.train}
-print("\n".join(f"{name} starts from {path or 'random weights'}" for name, path in starts.items()))
+for name, path in starts.items():
+    print(f"{name} starts from {path or 'random weights'}")
 
 # %% [markdown]
 # ## Look at the images
@@ -1755,8 +1756,11 @@ def begin_training(state, settings):
 def finish_training(state, settings):
     """Mark a training as complete. Its weights and its history are enough from now on."""
     write_settings(state, settings, finished=True)
-    for path in [*state.glob("*ckpt*"), *state.glob("checkpoint")]:
-        path.unlink()
+    for path in state.iterdir():
+        if path.is_dir():  # a kill may have left one
+            shutil.rmtree(path)
+        elif path.name != "settings.json":
+            path.unlink()
 
 
 def read_settings(state):
@@ -1814,8 +1818,7 @@ class Record:
         self.state = weights_path.with_name(f"{self.name}.state")
         self.epochs, self.finished = [], False
         self.done = tf.Variable(0, trainable=False, dtype=tf.int64)  # steps
-        parts = tf.train.Checkpoint(model=model, optimizer=optimizer, done=self.done)
-        self.manager = tf.train.CheckpointManager(parts, str(self.state), max_to_keep=1)
+        self.parts = tf.train.Checkpoint(model=model, optimizer=optimizer, done=self.done)
 
     def resume(self, earlier):
         """Load the state from here or else from a folder of `earlier`; returns the steps done."""
@@ -1825,6 +1828,7 @@ class Record:
         elif folder != self.state.parent:
             copy_training(self.name, folder, self.state.parent)
         self.finished = read_settings(self.state)[1]
+        self.manager = tf.train.CheckpointManager(self.parts, str(self.state), max_to_keep=1)
         if not self.finished and self.manager.restore_or_initialize():
             history = pd.read_csv(self.history_path, float_precision="round_trip")
             rows = history["step"] <= int(self.done)  # a kill may have come before the state
@@ -1953,6 +1957,14 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
 
 
 # %%
+def start_network(session, config, network):
+    """A network with its initial weights. What TensorFlow kept of those before it is freed."""
+    tf.keras.backend.clear_session()
+    tf.keras.utils.set_random_seed(config.seed)
+    with session.accelerator.strategy.scope():
+        return build_network(config, network)
+
+
 def train(session, config, model, loss, parts, epochs, weights_path, allow):
     """Train a network for a number of epochs and load its best weights, those in `weights_path`.
 
@@ -2004,13 +2016,11 @@ def train_classifier(session, run, labels, folds, folder, share=1.0, reserve=0.0
     They may take a share of what is left of the session, less `reserve` seconds. Returns their
     histories by these two names.
     """
-    config, strategy = configure_classifier(run.config), session.accelerator.strategy
-    parts = split_images(config, labels, folds, folder)
-    loss = functools.partial(classifier_loss, config)
-    tf.keras.backend.clear_session()
-    tf.keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = build_classifier(config)
+    config, loss = configure_classifier(run.config), functools.partial(classifier_loss, run.config)
+    parts, model = (
+        split_images(config, labels, folds, folder),
+        start_network(session, config, "classifier"),
+    )
     histories, used = {}, 0.0
     for network, epochs in zip(("baseline", "classifier"), config.classifier_epochs):
         model.get_layer(index=2).trainable = network == "classifier"  # the encoder
@@ -2267,13 +2277,11 @@ def train_unet(session, run, labels, folds, folder, share=1.0, predictions=0):
 
     It may take a share of what is left, less the time for a number of predictions of an image.
     """
-    config, strategy = run.config, session.accelerator.strategy
-    parts = split_images(config, labels, folds, folder)
-    loss = functools.partial(unet_loss, config)
-    tf.keras.backend.clear_session()
-    tf.keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = build_efficient_unet(config)
+    config, loss = run.config, functools.partial(unet_loss, run.config)
+    parts, model = (
+        split_images(config, labels, folds, folder),
+        start_network(session, config, "unet"),
+    )
     allow = functools.partial(session.allow, share, LAST_RESERVE, predictions)
 
     return train(session, config, model, loss, parts, config.epochs, run.weights("unet"), allow)
