@@ -749,6 +749,11 @@ class Run:
         """Encoder and fold, for file names, tables and figures."""
         return f"{name_encoder(self.config.encoder)}-fold{self.config.fold}"
 
+    @property
+    def split(self):
+        """What decides which images each fold holds."""
+        return self.config.folds, self.config.seed
+
     def weights(self, network):
         """The file of the weights of the "baseline", the "classifier" or the "unet"."""
         return self.folder / f"{network}-{self.name}.weights.h5"
@@ -777,14 +782,19 @@ def list_runs(config, output, earlier=()):
     ]
     if config.train:
         return runs
-    trained = {run.name: run for run in earlier if run.has_weights(("baseline", *NETWORKS))}
+    trained = {
+        run.name: run
+        for run in earlier
+        if run.has_weights(("baseline", *NETWORKS)) and run.split == runs[0].split
+    }
     if lacking := [run.name for run in runs if run.name not in trained]:
         raise FileNotFoundError(
-            f"Training is switched off, and there are no weights of {', '.join(lacking)}. Attach "
-            "the output of the session that trained them, or set train to True."
+            f"Training is switched off, and there are no weights of {', '.join(lacking)} for these "
+            "folds. Attach the output of the session that trained them, or set train to True."
         )
+    changes = {"train": False, "encoder_weights": None}
     trained = [trained[run.name] for run in runs]
-    return [replace(run, config=replace(run.config, train=False), results={}) for run in trained]
+    return [replace(run, config=replace(run.config, **changes), results={}) for run in trained]
 
 
 # %%
@@ -843,8 +853,7 @@ def choose_members(runs, earlier, folds):
     These are all of ours, and the earlier ones that brought their weights and held out as many
     images as there are in the same fold of the same split here.
     """
-    split = runs[0].config.folds, runs[0].config.seed
-    fitting = [run for run in earlier if (run.config.folds, run.config.seed) == split]
+    fitting = [run for run in earlier if run.split == runs[0].split]
     fitting = [run for run in fitting if run.results["images"] == (folds == run.config.fold).sum()]
     return without_repeats([*runs, *(run for run in fitting if run.has_weights(NETWORKS))])
 
@@ -1436,9 +1445,15 @@ def build_network(config, network):
 
 
 @functools.lru_cache
+def measure_once(config, network):
+    """The Footprint of a configuration's network, remembered."""
+    return measure_network(build_network(config, network))
+
+
 def find_footprint(config, network):
     """The Footprint of the "classifier" or the "unet" of a configuration."""
-    return measure_network(build_network(replace(config, encoder_weights=None), network))
+    other = {"fold": 0, "batch_size": 1, "classifier_batch_size": 1, "encoder_weights": None}
+    return measure_once(replace(config, **other), network)  # these do not change it
 
 
 # %%
@@ -1497,7 +1512,7 @@ for run, network in itertools.product(runs, NETWORKS):
         "parameters": f"{cost.parameters:,}",
         "billion operations for an image": round(cost.operations / 1e9, 2),
         "images in a step": batch_size,
-        "GiB for a step": round(cost.step_memory(batch_size // accelerator.replicas) / 2**30, 2),
+        "GiB for a step": round(cost.step_memory(batch_size // accelerator.replicas) / GIBIBYTE, 2),
     }
 pd.DataFrame(footprints).T
 
@@ -1909,7 +1924,7 @@ class Plan:
             more = max(0.0, rest - self.validation) / max(each, 1e-9)
             self.total = min(self.epochs * self.steps, done + int(epochs * self.steps + more))
         if self.told != (told := f"{self.total / self.steps:.3g} of {self.epochs} epochs"):
-            print(f"{self.title}: {told} fit into {left / 3600:.2f} hours")
+            print(f"{self.title}: {told} are planned, {left / 3600:.2f} hours are left for it")
             self.told = told
 
 

@@ -349,7 +349,7 @@ def test_training_ends_when_its_time_is_over_and_keeps_its_best_weights(
     assert 1 < len(history) < 10 and history["step"].iloc[-1] < 70
     measured = measure_loss(kernel, config, model, paths, labels)
     assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    assert "of 500 epochs fit into" in capsys.readouterr().out
+    assert "of 500 epochs are planned" in capsys.readouterr().out
     assert not json.loads((tmp_path / "small.state" / "settings.json").read_text())["finished"]
 
 
