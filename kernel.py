@@ -1772,10 +1772,8 @@ def finish_training(state, settings):
     """Mark a training as complete. Its weights and its history are enough from now on."""
     write_settings(state, settings, finished=True)
     for path in state.iterdir():
-        if path.is_dir():  # a kill may have left one
-            shutil.rmtree(path)
-        elif path.name != "settings.json":
-            path.unlink()
+        if path.name != "settings.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a kill may leave folders
 
 
 def read_settings(state):
