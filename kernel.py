@@ -725,7 +725,7 @@ balance
 # ## List the runs
 #
 # From here on, a *run* is the training of one encoder's networks with one fold held out. Six
-# encoders and five folds do not fit into one session, so each session leaves its weights and
+# encoders and five folds hardly fit into one session, so each session leaves its weights and
 # `results.json`. Attach the outputs of earlier sessions as inputs: their runs enter the tables, and
 # their networks predict together with those trained here, if they held out the same images.
 
@@ -919,8 +919,9 @@ for name, path in starts.items():
 #
 # The four masks of an image travel together as one *plane*, a uint8 image whose lowest four bits
 # are the four classes. So they are resized, and later rotated and distorted, once instead of four
-# times. JPEG decoders can decode at a half, a quarter or an eighth of the size for less than the
-# cost of the whole, which serves small networks.
+# times; runs are brought to the network's size before they become pixels. JPEG decoders can decode
+# at a half, a quarter or an eighth of the size for less than the cost of the whole, which serves
+# small networks.
 
 
 # %%
@@ -1388,11 +1389,11 @@ shapes = {name: layer.get_output_shape_at(0)[1:] for name, layer in blocks.items
 pd.DataFrame(shapes, ["height", "width", "channels"]).T
 
 # %% [markdown]
-# How much of them does the accelerator hold? From the layers follows what a training step keeps for
-# the way back: the inputs of convolutions, batch normalisations and products, and what activations
-# need for their derivative. To this come what is at work at the largest layer, and for each weight
-# its gradient and the optimiser's two averages. The largest batch that fits is taken, up to the one
-# that is configured. The learning rate follows the square root of the batch, as is
+# For how many images has a training step memory? What it keeps of each for the way back follows
+# from the layers: the inputs of convolutions, batch normalisations and products, and what
+# activations need for their derivative. To this come what is at work at the largest layer, and for
+# each weight its gradient and the optimiser's two averages. The largest batch that fits is taken, up
+# to the one that is configured. The learning rate follows the square root of the batch, as is
 # [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam.
 
 
