@@ -1392,8 +1392,8 @@ pd.DataFrame(shapes, ["height", "width", "channels"]).T
 # For how many images has a training step memory? What it keeps of each for the way back follows
 # from the layers: the inputs of convolutions, batch normalisations and products, and what
 # activations need for their derivative. To this come what is at work at the largest layer, and for
-# each weight its gradient and the optimiser's two averages. The largest batch that fits is taken, up
-# to the one that is configured. The learning rate follows the square root of the batch, as is
+# each weight its gradient and the optimiser's two averages. The largest batch that fits is taken,
+# up to the one that is configured. The learning rate follows the square root of the batch, as is
 # [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam.
 
 
