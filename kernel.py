@@ -116,13 +116,13 @@ def plan_installation(environment=os.environ, has_module=has_module, has_package
 
 # %%
 def install(calls):
-    """Call pip with each list of arguments.
-
-    Raises CalledProcessError where it fails, on Kaggle most often because the notebook's internet
-    access is switched off.
-    """
+    """Call pip with each list of arguments. Raises RuntimeError where it fails."""
     for arguments in calls:
-        subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+        if subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode:
+            raise RuntimeError(
+                f"'pip {' '.join(arguments)}' failed. On Kaggle, switch the session's internet "
+                "access on, in the panel at the right, and run the notebook again."
+            )
     importlib.invalidate_caches()
 
 
@@ -141,8 +141,11 @@ os.environ["SM_FRAMEWORK"] = "tf.keras"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no notes of TensorFlow's libraries between the results
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no look on the internet for a newer version
 
+# %%
 import contextlib
+import csv
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
@@ -151,7 +154,9 @@ import platform
 import random
 import re
 import shutil
+import signal
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -160,6 +165,7 @@ from unittest import mock
 import albumentations
 import cv2
 import efficientnet.model
+import h5py
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -202,6 +208,12 @@ print("Devices:", ", ".join(device.device_type for device in tf.config.list_phys
 
 
 # %%
+DECISIONS = (  # how probabilities are turned into masks
+    *("best", "threshold 0.5", "threshold and area", "threshold and area, gated"),
+    *("two thresholds, area and gate", "expected Dice", "expected Dice, with shapes"),
+)
+
+
 @dataclass(frozen=True)
 class Config:
     """All choices of a run."""
@@ -229,11 +241,114 @@ class Config:
     dice_smoothing: float  # pixels added to both sides of the Dice loss's fraction
     gate_recall: float  # share of a class's images in which the classifier has to find it
     flips: bool  # predict each image as it is, mirrored, upside down and both, and take the mean
-    decision: str  # a name in WAYS, or "best": the expected Dice unless another is surely better
+    decision: str  # one of DECISIONS; "best" is expected Dice unless another is surely better
+    broken_share: float  # of the training images that may be left out as they cannot be decoded
     train: bool  # False predicts with the weights of an earlier run
     hours: float | None  # for the whole notebook; None is what Kaggle grants
     threads: int | None  # that decode and augment images; None is one for each processor
     seed: int  # of the folds, the augmentation, the initial weights and dropout
+
+
+# %% [markdown]
+# A configuration is checked before anything is read. A rule is a test of a value, with the words
+# for what the value has to be.
+
+
+# %%
+def number(low, high, kinds=(int, float)):
+    """The rule of a number from `low` to `high` of one of these types."""
+    expected = f"a {'' if float in kinds else 'whole '}number from {low} to {high}"
+    return lambda value: type(value) in kinds and low <= value <= high, expected
+
+
+def one_of(*allowed):
+    """The rule of one of some values."""
+    typed = [(type(value), value) for value in allowed]
+    return lambda value: (type(value), value) in typed, " or ".join(map(repr, allowed))
+
+
+def list_of(rule, count=None):
+    """The rule of a tuple of values by a rule: so many of them, or any number of different ones."""
+    allowed, expected = rule
+
+    def check(values):
+        right = type(values) is tuple and all(map(allowed, values))
+        return right and len(values) == (len(set(values)) if count is None else count)
+
+    return check, f"a list of {'different ones' if count is None else count}, each {expected}"
+
+
+def either(*rules):
+    """The rule of a value that one of some rules allows."""
+    checks, texts = zip(*rules)
+    return lambda value: any(check(value) for check in checks), "; or ".join(texts)
+
+
+def size_in(step):
+    """The rule of a size up to ORIGINAL_SIZE in multiples of `step`."""
+    most = tuple(length // step * step for length in ORIGINAL_SIZE)
+    allowed, _ = list_of(number(32, max(most), (int,)), 2)
+
+    def check(size):
+        return allowed(size) and all(a % step == 0 and a <= b for a, b in zip(size, most))
+
+    return check, f"(height, width) from (32, 32) to {most} in multiples of {step}"
+
+
+# %%
+ENCODER = either(
+    one_of(*(f"efficientnetb{size}" for size in range(8))), list_of(number(0.1, 10), 2)
+)
+SHARE = number(0, 1)
+MANY = number(1, 10**6, (int,))
+NOTHING = one_of(None)
+RULES = {
+    "encoder": ENCODER,
+    "encoders": list_of(ENCODER),
+    "encoder_weights": (
+        lambda value: value is None or isinstance(value, str),
+        "'imagenet', the path of an HDF5 file or None",
+    ),
+    "image_size": size_in(32),
+    "classifier_size": either(size_in(1), NOTHING),
+    "activation": one_of("softmax", "sigmoid"),
+    "precision": one_of("float32", "mixed_float16", "mixed_bfloat16", None),
+    "batch_norm_momentum": SHARE,
+    "augmentation_probability": SHARE,
+    "rotation_limit": number(0, 180),
+    "folds": number(2, 1000, (int,)),
+    "fold": number(0, 999, (int,)),
+    "folds_to_run": list_of(number(0, 999, (int,))),
+    "batch_size": MANY,
+    "classifier_batch_size": MANY,
+    "epochs": MANY,
+    "classifier_epochs": list_of(MANY, 2),
+    "learning_rate": number(1e-9, 1000),
+    "warmup_proportion": SHARE,
+    "cross_entropy_weight": SHARE,
+    "dice_smoothing": number(1e-6, 10**6),
+    "gate_recall": SHARE,
+    "flips": one_of(True, False),
+    "decision": one_of(*DECISIONS),
+    "broken_share": SHARE,
+    "train": one_of(True, False),
+    "hours": either(number(1e-3, 1000), NOTHING),
+    "threads": either(number(1, 1000, (int,)), NOTHING),
+    "seed": number(0, 2**32 - 1, (int,)),
+}
+
+
+# %%
+def check_config(config):
+    """Return a Config. Raises ValueError for a field that is not what its rule asks for."""
+    for field, (allowed, expected) in RULES.items():
+        if not allowed(value := getattr(config, field)):
+            raise ValueError(f"Config: {field} is {value!r}, it has to be {expected}.")
+    for field, held_out in ("fold", (config.fold,)), ("folds_to_run", config.folds_to_run):
+        if max(held_out, default=0) >= config.folds:
+            value, last = getattr(config, field), config.folds - 1
+            raise ValueError(f"Config: {field} is {value!r}, the folds are 0 to {last}.")
+    return config
 
 
 # %%
@@ -262,6 +377,7 @@ PAPER = Config(
     gate_recall=0.94,
     flips=False,
     decision="threshold and area",
+    broken_share=0.01,
     train=True,
     hours=None,
     threads=None,
@@ -319,20 +435,25 @@ def to_tuples(value):
 def choose_config(preset=None, overrides=None, environment=os.environ):
     """The name of a preset, and its Config with single fields overridden.
 
-    Raises ValueError for an unknown preset or field.
+    Raises ValueError for an unknown preset or field, and for a value that is not allowed.
     """
     default = "BEST" if on_kaggle(environment) else "SAMPLE"
     name = environment.get("CLOUDS_PRESET") or preset or default
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}, only {', '.join(PRESETS)}.")
-    fields = {**(overrides or {}), **json.loads(environment.get("CLOUDS_OVERRIDES") or "{}")}
+    text, fields = environment.get("CLOUDS_OVERRIDES") or "{}", dict(overrides or {})
+    try:
+        fields |= json.loads(text)
+    except (TypeError, ValueError) as error:
+        expected = 'an object in JSON, like {"fold": 1}'
+        raise ValueError(f"CLOUDS_OVERRIDES is {text}, not {expected} ({error}).") from None
     allowed = [field.name for field in dataclasses.fields(Config)]
     if unknown := sorted(fields.keys() - set(allowed)):
         raise ValueError(f"Config has no field {', '.join(unknown)}, only {', '.join(allowed)}.")
     for one, several in (("encoder", "encoders"), ("fold", "folds_to_run")):
         if one in fields:
             fields.setdefault(several, ())  # or else the preset's list would win
-    return name, replace(PRESETS[name], **to_tuples(fields))
+    return name, check_config(replace(PRESETS[name], **to_tuples(fields)))
 
 
 # %%
@@ -341,7 +462,7 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
 
     Looks at CLOUDS_INPUT or `chosen` alone if there is one. Else at Kaggle's present and former
     mount points, then for any `train.csv` below `mount`, and off Kaggle at tests/sample. Raises
-    FileNotFoundError, which says where it looked and how to attach the competition.
+    FileNotFoundError, which says where it looked, what lacks there and how to get the data.
     """
     competition = "understanding_cloud_organization"
     if chosen := environment.get("CLOUDS_INPUT") or chosen:
@@ -350,32 +471,74 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
         places = [mount / "competitions" / competition, mount / competition]
         places += sorted(path.parent for path in mount.rglob("train.csv"))
         places += [] if on_kaggle(environment) else [Path("tests/sample")]
-    parts = ("train.csv", "train_images", "sample_submission.csv", "test_images")
+    parts = {"train.csv": Path.is_file, "train_images": Path.is_dir}
+    parts |= {"sample_submission.csv": Path.is_file, "test_images": Path.is_dir}
+    found = []
     for folder in places:
-        if all((folder / part).exists() for part in parts):
+        lacking = [part for part, is_there in parts.items() if not is_there(folder / part)]
+        if not lacking:
             return folder
+        found.append(f"{folder} has no {', '.join(lacking)}")
     raise FileNotFoundError(
-        f"None of {', '.join(map(str, places))} is a folder with {', '.join(parts)}. On Kaggle, "
-        "choose 'Add Input', search for the competition 'Understanding Clouds from Satellite "
-        "Images', accept its rules and add it. Elsewhere, set CLOUDS_INPUT to the folder of the "
-        "downloaded data."
+        f"The competition's data was not found: {'; '.join(found)}. On Kaggle, choose 'Add Input', "
+        "search for the competition 'Understanding Clouds from Satellite Images', accept its rules "
+        "and add it. Elsewhere, set CLOUDS_INPUT to the folder of the downloaded data."
     )
 
 
 # %%
 def make_output(chosen=None, environment=os.environ):
-    """The folder for everything that the run writes, made if need be."""
+    """The folder for everything that the run writes, made if need be and locked.
+
+    Raises OSError if it cannot be written, or if another run writes to it.
+    """
     default = "/kaggle/working" if on_kaggle(environment) else "output"
     folder = Path(environment.get("CLOUDS_OUTPUT") or chosen or default)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder.resolve())
+    except OSError as error:
+        busy = isinstance(error, BlockingIOError)
+        raise OSError(
+            f"The output folder {folder} cannot be used: "
+            f"{'another run, which has not ended, writes to it' if busy else error}. "
+            "Set CLOUDS_OUTPUT, or output_folder in the cell of parameters, to another one."
+        ) from None
     return folder
 
 
-def write_whole(path, text):
-    """Write a text file under another name, then rename it: it is never there by half."""
+@functools.lru_cache  # it keeps the file open, and with it the lock, until the process ends
+def lock_folder(folder):
+    """Let no other process lock a folder. Raises BlockingIOError if one has locked it already."""
+    file = (folder / "lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+# %% [markdown]
+# Files are written under another name and then renamed. Whenever the notebook is stopped, there is
+# the old file or the new one, never half of one.
+
+
+# %%
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to. What is written there takes the place of `path` in the end."""
     temporary = path.with_name("part." + path.name)
-    temporary.write_text(text)
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_whole(path, text):
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_figure(figure, path):
+    """Write a figure, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -482,7 +645,9 @@ def suit(config, accelerator):
 # %% [markdown]
 # A session has `Config.hours`, counted from the first cell, or else what Kaggle grants. How long a
 # step and a prediction take is measured when training begins, and as many epochs are planned as
-# leave time for all predictions.
+# leave time for all predictions. Ctrl-C, or the stop button of an interactive session, ends the
+# training in hand after its present step; what was trained until then is used. What a run had to
+# do without is said where it happens, and again in the report.
 
 
 # %%
@@ -497,10 +662,54 @@ class Clock:
         return self.end - self.now()
 
 
+class Interrupt:
+    """A context in which the first Ctrl-C is only a wish, `asked`, that training ends."""
+
+    asked = False
+
+    def __enter__(self):
+        self.asked, self.usual = False, signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        """Note the wish. The next Ctrl-C acts as usual."""
+        self.asked = True
+        signal.signal(signal.SIGINT, self.usual)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.usual)
+
+
+# %%
+@dataclass(frozen=True)
+class Session:
+    """What all parts of a session share."""
+
+    accelerator: Accelerator
+    clock: Clock
+    earlier: tuple = ()  # folders of earlier sessions, whose trainings may be gone on with
+    interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
+    warnings: list = dataclasses.field(default_factory=list)  # for the report
+
+    def warn(self, text):
+        """Say something that the report will say again."""
+        print("Warning:", text)
+        if text not in self.warnings:  # as if a cell is run again
+            self.warnings.append(text)
+
+    def allow(self, share, reserve, predictions, seconds):
+        """The seconds that a training may take: a share of what is left of the session.
+
+        Kept back are `reserve` seconds and those of a number of predictions of an image, `seconds`
+        each and a quarter more.
+        """
+        return share * (self.clock.left() - reserve - 1.25 * predictions * seconds)
+
+
 # %% tags=["nbval-ignore-output"]
 accelerator = make_strategy()
 config = suit(config, accelerator)
 clock = Clock(config.hours)
+session = Session(accelerator, clock)
 print(
     f"{accelerator.name}: {accelerator.replicas} x {accelerator.memory / GIBIBYTE:.1f} GiB, "
     f"{config.precision}, {clock.left() / 3600:.2f} hours left"
@@ -518,34 +727,41 @@ for field, value in dataclasses.asdict(config).items():
 #
 # A mask is written as *run-length encoding*: pixels are numbered from 1 down the first column, then
 # down the second, and so on; each run of mask pixels is its first number and its length. The empty
-# mask is the empty string. A faulty encoding (an odd count, a run that leaves the image, runs that
-# overlap or are out of order) is refused at the start of the run rather than scored wrongly at its
-# end.
+# mask is the empty string. Each mask has one encoding, and every other string is refused at the
+# start of the run rather than scored wrongly at its end: an odd count, a run that leaves the image,
+# runs that overlap, touch or are out of order.
 
 
 # %%
+WHOLE = "(?:0|[1-9][0-9]{0,17})"  # a number of up to 18 digits, without leading zeros
+
+
 def parse_rle(rle, size):
     """The first pixels of an encoding's runs and those behind their last pixels.
 
     Returns int64 (runs, 2), counted from 0. Raises ValueError, quoting the run, unless all are
-    whole numbers and the runs have pixels, ascend, do not overlap and lie within `size`.
+    whole numbers with single spaces between them, and the runs have pixels, ascend, neither overlap
+    nor touch and lie within `size`.
     """
-    if not re.fullmatch(r"([0-9]{1,18}( [0-9]{1,18})*)?", rle):
-        word = next((word for word in rle.split(" ") if not re.fullmatch("[0-9]{1,18}", word)), "")
+    if not re.fullmatch(f"({WHOLE}( {WHOLE})*)?", rle):
+        word = next((word for word in rle.split(" ") if not re.fullmatch(WHOLE, word)), "")
         raise ValueError(f"{word[:40]!r} is not a whole number")
     numbers = np.fromstring(rle, np.int64, sep=" ")
     if len(numbers) % 2:
         raise ValueError(f"the run '{numbers[-1]}' has no length")
     pixels, runs = math.prod(size), numbers.reshape(-1, 2)
     starts, ends = runs[:, 0] - 1, runs.sum(axis=1) - 1
-    ends_before = np.append(0, ends)[:-1]
-    if (wrong := (starts < ends_before) | (ends <= starts) | (ends > pixels)).any():
+    ends_before = np.append(-1, ends)[:-1]
+    if (wrong := (starts <= ends_before) | (ends <= starts) | (ends > pixels)).any():
         start, length = runs[wrong.argmax()]
-        expected = f"in the pixels 1 to {pixels}, of one pixel or more and behind the run before it"
+        expected = (
+            f"in the pixels 1 to {pixels}, of one pixel or more, with a gap to the one before"
+        )
         raise ValueError(f"the run '{start} {length}' is not {expected}")
     return np.stack([starts, ends], axis=1)
 
 
+# %%
 def decode_rle(rle, size):
     """The mask of a run-length encoding, uint8 (height, width); see parse_rle for errors."""
     borders = np.concatenate([[0], parse_rle(rle, size).ravel(), [math.prod(size)]])
@@ -578,47 +794,78 @@ print("decoded again to the same mask:", np.array_equal(decode_rle("5 4 12 1", (
 #
 # `train.csv` has a row for each pair of an image and a class. We want a row for each image and a
 # column for each class. Every row is checked before anything is computed, and an error names the
-# file, the row and what was expected.
-#
-# The images are dealt into folds by their combination of classes: sorted by it, the first image
-# goes to fold 0, the second to fold 1, and so on. So each fold holds the same share of every
-# combination to within one image, however rare the combination is. With five folds, fold 0 against
-# the others is the paper's 80:20 split.
+# file, the line and what was expected.
+
+
+# %%
+COLUMNS = ["Image_Label", "EncodedPixels"]
+
+
+def read_lines(path):
+    """Yield the number and the cells of each line of a CSV file that is not blank.
+
+    Windows line ends and a byte-order mark do not matter. Raises ValueError, which names the file,
+    if it is not CSV in UTF-8, or if its last line has no end.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        last = file.read()
+    if last not in (b"", b"\n", b"\r"):
+        raise ValueError(f"{path} is cut off: its last line has no end.")
+    csv.field_size_limit(10**8)  # characters of an encoding
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            yield from ((lines.line_num, cells) for cells in lines if cells)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}, below line {lines.line_num}: {error}.") from None
+
+
+def split_label(label):
+    """The image and the class of a label. Raises ValueError unless both are possible."""
+    image, _, name = label.rpartition("_")
+    if name not in CLASSES:
+        raise ValueError(f"the class is {name!r}, not one of {', '.join(CLASSES)}")
+    if image in ("", ".", "..") or re.search(r"[/\\\0]", image):
+        raise ValueError(f"the image is {image!r}, not the name of a file in the images' folder")
+    return image, name
 
 
 # %%
 def read_rows(path, size):
     """A CSV file of Image_Label and EncodedPixels, with the columns image and class added.
 
-    Raises ValueError, which names the file and the row, for other columns, unknown classes, a label
-    that is there twice, and encodings that are invalid at `size`.
+    Raises ValueError, which names the file and the line, for what read_lines refuses, for other
+    columns, impossible labels, one that is there twice, and encodings that are invalid at `size`.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if list(table.columns) != ["Image_Label", "EncodedPixels"]:
-        found = ", ".join(table.columns)
-        raise ValueError(f"{path}: the columns are {found}, not Image_Label, EncodedPixels.")
-    table[["image", "class"]] = table["Image_Label"].str.rpartition("_")[[0, 2]]
-    seen_before = table["Image_Label"].duplicated()
-    rows = zip(table["Image_Label"], table["EncodedPixels"], table["class"], seen_before)
-    for line, (label, rle, name, repeated) in enumerate(rows, start=2):
+    lines, rows = read_lines(path), {}
+    _, columns = next(lines, (1, []))
+    if columns != COLUMNS:
+        found = ", ".join(columns) or "missing, as the file is empty"
+        raise ValueError(f"{path}: the columns are {found}; expected: {', '.join(COLUMNS)}.")
+    for line, cells in lines:
         try:
-            parse_rle(rle, size)
-            if name not in CLASSES:
-                raise ValueError(f"the class is {name!r}, not one of {', '.join(CLASSES)}")
-            if repeated:
+            if len(cells) != len(COLUMNS):
+                raise ValueError(f"there are {len(cells)} cells, not {len(COLUMNS)}")
+            label, rle = cells
+            if label in rows:
                 raise ValueError("the label is there twice")
+            parse_rle(rle, size)
+            rows[label] = label, rle, *split_label(label)
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}, {label}: {error}.") from None
-    return table
+            raise ValueError(f"{path}, line {line}, {cells[0][:60]}: {error}.") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows below its columns.")
+    return pd.DataFrame(rows.values(), columns=[*COLUMNS, "image", "class"])
 
 
-def read_labels(path):
-    """The run-length encodings of `train.csv`, one row per image and one column per class.
+def read_labels(path, size=ORIGINAL_SIZE):
+    """The run-length encodings of a CSV file, a row for each image and a column for each class.
 
-    An absent class is the empty string. Raises ValueError for the faults that read_rows refuses and
-    for an image that lacks a class.
+    An absent class is the empty string. Raises ValueError for what read_rows refuses, and for an
+    image that lacks a class.
     """
-    table = read_rows(path, ORIGINAL_SIZE)
+    table = read_rows(path, size)
     labels = table.pivot(index="image", columns="class", values="EncodedPixels")
     labels = labels.reindex(columns=CLASSES).rename_axis(columns=None)
     if (lacking := labels.isna()).to_numpy().any():
@@ -629,32 +876,28 @@ def read_labels(path):
 
 # %%
 def check_images(folder, names):
-    """Raise FileNotFoundError if an image of `names` is not in `folder`, or is empty."""
-    there = {file.name for file in os.scandir(folder) if file.stat().st_size > 0}
+    """The number of other files in a folder of images.
+
+    Raises FileNotFoundError if an image of `names` is not there, or is empty.
+    """
+    files = [file for file in os.scandir(folder) if file.is_file()]
+    there = {file.name for file in files if file.stat().st_size > 0}
     if lacking := sorted(set(names) - there):
+        some = ", ".join(lacking[:5]) + ", ..." * (len(lacking) > 5)
         number = f"{len(lacking)} of {len(names)} images"
-        raise FileNotFoundError(f"{folder}: {number} are missing or empty: {lacking[0]}, ...")
-
-
-def assign_folds(labels, folds, seed):
-    """A fold, 0 to `folds` - 1, for each image, balanced over the combinations of classes."""
-    present = (labels != "").to_numpy()
-    combination = present @ (1 << np.arange(len(CLASSES)))
-    tie_break = np.random.default_rng(seed).random(len(labels))
-    order = np.lexsort((tie_break, combination))
-    result = np.empty(len(labels), int)
-    result[order] = np.arange(len(labels)) % folds
-    return pd.Series(result, labels.index, name="fold")
+        raise FileNotFoundError(f"{folder}: {number} are missing or empty: {some}")
+    return len(files) - len(set(names))
 
 
 # %%
-labels = read_labels(source / "train.csv")
-train_folder = source / "train_images"
-check_images(train_folder, labels.index)
-folds = assign_folds(labels, config.folds, config.seed)
-present = labels != ""
-print(f"{labels.size:,} rows, {len(labels):,} images, {present.to_numpy().sum():,} masks")
-print("Classes per image:", present.sum(axis=1).value_counts().sort_index().to_dict())
+train_path, sample_path = source / "train.csv", source / "sample_submission.csv"
+train_folder, test_folder = source / "train_images", source / "test_images"
+labels = read_labels(train_path)
+test_names = read_labels(sample_path, SUBMISSION_SIZE).index
+print(f"{labels.size:,} rows, {len(labels):,} images, {len(test_names):,} test images")
+for folder, names in (train_folder, labels.index), (test_folder, test_names):
+    if others := check_images(folder, names):
+        session.warn(f"{folder} has {others} more files, which no row names; they are not used.")
 
 
 # %%
@@ -663,31 +906,38 @@ def write_submission(rles, sample_path, path):
 
     A row without an encoding gets the empty mask.
     """
-    table = read_rows(sample_path, SUBMISSION_SIZE)[["Image_Label", "EncodedPixels"]]
+    table = read_rows(sample_path, SUBMISSION_SIZE)[COLUMNS]
     table["EncodedPixels"] = [rles.get(label, "") for label in table["Image_Label"]]
     write_whole(path, table.to_csv(index=False))
+
+
+def look_transposed(rles, size):
+    """Whether masks seem to have been written along the rows instead of down the columns.
+
+    Then most mask pixels have a neighbour not `height` pixels further, but `width`.
+    """
+    masks = [decode_rle(rle, size).T.ravel() for rle in rles if rle]
+    height, width = (
+        sum(np.count_nonzero(pixels[step:] & pixels[:-step]) for pixels in masks) for step in size
+    )
+    return width > 1.1 * height
 
 
 def check_submission(path, sample_path):
     """Read a submission and return it, with read_rows's columns.
 
     Raises ValueError, which names the file and the row, unless it has the rows of the sample in its
-    order, and valid encodings at SUBMISSION_SIZE.
+    order, and valid encodings at SUBMISSION_SIZE, down the columns.
     """
     table, sample = read_rows(path, SUBMISSION_SIZE), read_rows(sample_path, SUBMISSION_SIZE)
     rows = itertools.zip_longest(table["Image_Label"], sample["Image_Label"])
     for line, (label, expected) in enumerate(rows, start=2):
         if label != expected:
             raise ValueError(f"{path}, line {line}: {label}, where {sample_path} has {expected}.")
+    if look_transposed(table["EncodedPixels"], SUBMISSION_SIZE):
+        raise ValueError(f"{path}: the masks are written along the rows, not down the columns.")
     return table
 
-
-# %%
-sample_path = source / "sample_submission.csv"
-test_names = read_rows(sample_path, SUBMISSION_SIZE)["image"].unique()
-check_images(source / "test_images", test_names)
-test_paths = [source / "test_images" / name for name in test_names]
-print(f"{len(test_names):,} test images")
 
 # %% [markdown]
 # Whatever happens later, there is a file to hand in from here on: empty masks, until better ones
@@ -700,6 +950,104 @@ if submission_path.exists():
 else:
     write_submission({}, sample_path, submission_path)
     print(f"{submission_path} has empty masks only.")
+
+# %% [markdown]
+# What only shows when an image is decoded does not stop the run. All are decoded once, at an eighth
+# of their size: a broken training image is left out, up to a share that is configured, and a broken
+# test image gets empty masks.
+#
+# The images are then dealt into folds by their combination of classes: sorted by it, the first
+# image goes to fold 0, the second to fold 1, and so on. So each fold holds the same share of every
+# combination to within one image, however rare the combination is. With five folds, fold 0 against
+# the others is the paper's 80:20 split.
+
+
+# %%
+def decode_image(path, factor=1):
+    """The image in a file as it is stored, BGR uint8, at one `factor`-th of its size: 1, 2, 4 or 8.
+
+    Raises ValueError, which names the file, if it cannot be decoded to its end.
+    """
+    flag = cv2.IMREAD_COLOR if factor == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}")
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except (OSError, cv2.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from None
+    if image is None:
+        raise ValueError(f"{path} is not an image, or is cut off.")
+    return image
+
+
+def find_fault(path):
+    """What is wrong with an image, or None if it can be decoded and has ORIGINAL_SIZE."""
+    try:
+        size = 8 * np.array(decode_image(path, 8).shape[:2])
+    except ValueError as error:
+        return str(error)
+    if (abs(size - ORIGINAL_SIZE) >= 8).any():  # the last eighth is rounded up or down
+        return f"{path} has about {size[0]} x {size[1]} pixels, not {ORIGINAL_SIZE}."
+    return None
+
+
+def find_faults(folder, names, threads):
+    """What is wrong with the images of a folder that are broken: a dictionary by name."""
+    with ThreadPoolExecutor(threads) as pool:
+        faults = pool.map(find_fault, [folder / name for name in names])
+        return {name: fault for name, fault in zip(names, faults) if fault}
+
+
+# %%
+def describe_faults(faults, count):
+    """A sentence on what is wrong with some of `count` images."""
+    few = list(faults.values())[:5] + ["..."] * (len(faults) > 5)
+    return f"{len(faults)} of {count} images are broken: {' '.join(few)}"
+
+
+def leave_out(labels, faults, share):
+    """The labels without those of broken images.
+
+    Raises ValueError if they are more than a share of all.
+    """
+    if len(faults) > share * len(labels):
+        allowed = f"More than {share:.1%} of the training images (broken_share in Config)"
+        raise ValueError(f"{allowed} cannot be used. {describe_faults(faults, len(labels))}")
+    return labels.drop(index=list(faults))
+
+
+def assign_folds(labels, folds, seed):
+    """A fold, 0 to `folds` - 1, for each image, balanced over the combinations of classes.
+
+    Raises ValueError if a fold would have fewer than two images.
+    """
+    if len(labels) < 2 * folds:
+        raise ValueError(
+            f"{folds} folds need {2 * folds} images, two for each; {len(labels)} are there."
+        )
+    present = (labels != "").to_numpy()
+    combination = present @ (1 << np.arange(len(CLASSES)))
+    tie_break = np.random.default_rng(seed).random(len(labels))
+    order = np.lexsort((tie_break, combination))
+    result = np.empty(len(labels), int)
+    result[order] = np.arange(len(labels)) % folds
+    return pd.Series(result, labels.index, name="fold")
+
+
+# %%
+faults = find_faults(train_folder, labels.index, config.threads)
+test_faults = find_faults(test_folder, test_names, config.threads)
+if faults:
+    labels = leave_out(labels, faults, config.broken_share)
+    session.warn(f"Left out: {describe_faults(faults, len(labels) + len(faults))}")
+test_paths = [test_folder / name for name in test_names if name not in test_faults]
+if test_faults:
+    session.warn(f"Predicted to be empty: {describe_faults(test_faults, len(test_names))}")
+if not test_paths:
+    raise ValueError(f"{test_folder}: there is no image to predict.")
+folds = assign_folds(labels, config.folds, config.seed)
+present = labels != ""
+masks = present.to_numpy().sum()
+print(f"{len(labels):,} images with {masks:,} masks, {len(test_paths):,} images to predict")
+print("Classes per image:", present.sum(axis=1).value_counts().sort_index().to_dict())
 
 # %% [markdown]
 # Below, the share of images that hold a class (the diagonal), and that hold both of two classes
@@ -728,6 +1076,10 @@ balance
 # encoders and five folds hardly fit into one session, so each session leaves its weights and
 # `results.json`. Attach the outputs of earlier sessions as inputs: their runs enter the tables, and
 # their networks predict together with those trained here, if they held out the same images.
+#
+# For ImageNet, B0 to B7 were made for squares of 224 to 600 pixels. As the size of a classifier's
+# images we take that as the height, and 1.5 times as much as the width, because the pictures are
+# 2 x 3; so a B0 sees them at 224 x 336. Between the eight, sizes are interpolated by depth.
 
 
 # %%
@@ -736,6 +1088,89 @@ NETWORKS = ("classifier", "unet")  # whose weights an earlier run has to bring
 TITLE = "Understanding clouds with EfficientUNet"  # by which results.json is known as ours
 
 
+ENCODERS = {  # depth coefficient and size of the images on ImageNet
+    "efficientnetb0": (1.0, 224),
+    "efficientnetb1": (1.1, 240),
+    "efficientnetb2": (1.2, 260),
+    "efficientnetb3": (1.4, 300),
+    "efficientnetb4": (1.8, 380),
+    "efficientnetb5": (2.2, 456),
+    "efficientnetb6": (2.6, 528),
+    "efficientnetb7": (3.1, 600),
+}
+
+
+def configure_classifier(config):
+    """The configuration with the classifier's image and batch size as the sizes."""
+    depths, sizes = zip(*ENCODERS.values())
+    depth = ENCODERS[config.encoder][0] if config.encoder in ENCODERS else config.encoder[1]
+    height = round(np.interp(depth, depths, sizes))
+    size = config.classifier_size or (height, height * ORIGINAL_SIZE[1] // ORIGINAL_SIZE[0])
+    batch_size = config.classifier_batch_size
+    return replace(config, image_size=size, classifier_size=size, batch_size=batch_size)
+
+
+# %% [markdown]
+# Beside the weights of each network stands what shaped them. Weights are taken over from an earlier
+# session only if that is what its `results.json` says: two runs that used the same folder, one
+# after the other, do not mix.
+
+
+# %%
+NOT_SHAPING = (  # fields of Config that a training does not depend on
+    *("encoders", "folds_to_run", "gate_recall", "flips", "decision"),
+    *("broken_share", "train", "hours", "threads"),
+)
+
+
+def describe_training(config, epochs):
+    """What shapes a training, but for its labels, as JSON keeps it."""
+    fields = {**dataclasses.asdict(config), "epochs": epochs}
+    settings = {name: value for name, value in fields.items() if name not in NOT_SHAPING}
+    return json.loads(json.dumps(settings))
+
+
+# %%
+@dataclass(frozen=True)
+class Files:
+    """What a training leaves in a folder, under names that begin alike."""
+
+    folder: Path
+    name: str
+
+    @property
+    def weights(self):
+        """The HDF5 file of the best weights."""
+        return self.folder / f"{self.name}.weights.h5"
+
+    @property
+    def history(self):
+        """The CSV file of the losses."""
+        return self.folder / f"{self.name}.csv"
+
+    @property
+    def state(self):
+        """The folder of the state."""
+        return self.folder / f"{self.name}.state"
+
+    def read(self):
+        """The training's settings, whether it is finished, and why it stopped early if it did.
+
+        A dictionary, {} if there is no training.
+        """
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = json.loads((self.state / "training.json").read_text())
+            if isinstance(known, dict) and isinstance(known.get("settings"), dict):
+                return {"finished": False, "stopped": None} | known
+        return {}
+
+    def write(self, settings, finished=False, stopped=None):
+        """Leave what read returns."""
+        known = {"settings": settings, "finished": finished, "stopped": stopped}
+        write_whole(self.state / "training.json", json.dumps(known, indent=2))
+
+
+# %%
 @dataclass(frozen=True)
 class Run:
     """The networks of one encoder and one held-out fold."""
@@ -754,13 +1189,25 @@ class Run:
         """What decides which images each fold holds."""
         return self.config.folds, self.config.seed
 
-    def weights(self, network):
-        """The file of the weights of the "baseline", the "classifier" or the "unet"."""
-        return self.folder / f"{network}-{self.name}.weights.h5"
+    def files(self, network):
+        """The Files of the "baseline", the "classifier" or the "unet"."""
+        return Files(self.folder, f"{network}-{self.name}")
+
+    def describe(self, network):
+        """What shapes the training of a network, but for its labels."""
+        if network == "unet":
+            return describe_training(self.config, self.config.epochs)
+        epochs = self.config.classifier_epochs[network == "classifier"]
+        return describe_training(configure_classifier(self.config), epochs)
 
     def has_weights(self, networks):
-        """Whether the files of the weights of these networks are there."""
-        return all(self.weights(network).is_file() for network in networks)
+        """Whether the weights of these networks are there and were trained as this run says."""
+        return all(
+            self.files(network).weights.is_file()
+            and self.describe(network).items()
+            <= self.files(network).read().get("settings", {}).items()
+            for network in networks
+        )
 
 
 # %%
@@ -798,30 +1245,47 @@ def list_runs(config, output, earlier=()):
 
 
 # %%
+def read_measure(results, measure):
+    """One of MEASURES: a number of images, or a share, nan where it is unknown.
+
+    Raises ValueError for anything else.
+    """
+    value = results[measure]
+    whole = type(value) is int and value > 0
+    share = type(value) in (int, float) and (0 <= value <= 1 or math.isnan(value))
+    if not (whole if measure == "images" else share):
+        raise ValueError(f"{measure} is {value!r}")
+    return value
+
+
 def read_results(path):
     """The runs that a `results.json` tells of, none if the file is not this notebook's.
 
-    Raises ValueError, which names the file, if it is, but has other fields.
+    Raises ValueError, which names the file, if it is, but a field is not what it has to be.
     """
     try:
         results = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if not isinstance(results, dict) or results.get("notebook") != TITLE:
         return []
     try:
         return [
             Run(
-                Config(**to_tuples(run["config"])),
+                check_config(Config(**to_tuples(run["config"]))),
                 path.parent,
-                {measure: float(run["results"][measure]) for measure in MEASURES},
+                {measure: read_measure(run["results"], measure) for measure in MEASURES},
             )
             for run in results["runs"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is of another version of this notebook ({error}).") from None
+        raise ValueError(
+            f"{path} is not as this version of the notebook writes it ({error}). Detach it, or run "
+            "the version that it is from."
+        ) from None
 
 
+# %%
 def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input")):
     """The results of earlier sessions, in the folders of CLOUDS_EARLIER, `chosen` or `mount`.
 
@@ -860,7 +1324,7 @@ def choose_members(runs, earlier, folds):
 
 # %% tags=["nbval-ignore-output"]
 earlier_results = find_earlier(earlier_folders)
-earlier_sessions = [path.parent for path in earlier_results]
+session = replace(session, earlier=tuple(path.parent for path in earlier_results))
 earlier = [run for path in earlier_results for run in read_results(path)]
 runs = list_runs(config, output, earlier)
 members = choose_members(runs, earlier, folds)
@@ -884,6 +1348,8 @@ def find_weights(config, mount=Path("/kaggle/input"), home=None):
     and ValueError if there cannot be any for this encoder.
     """
     if config.encoder_weights != "imagenet":
+        if config.encoder_weights and not Path(config.encoder_weights).is_file():
+            raise FileNotFoundError(f"encoder_weights: there is no file {config.encoder_weights}.")
         return config.encoder_weights
     encoder, source = name_encoder(config.encoder), efficientnet.model
     model = encoder.replace("efficientnet", "efficientnet-")
@@ -926,16 +1392,12 @@ for name, path in starts.items():
 
 # %%
 def read_image(path, size):
-    """The image in a JPEG file of ORIGINAL_SIZE, RGB uint8 (height, width, 3), resized to `size`.
+    """The image in a file of ORIGINAL_SIZE, RGB uint8 (height, width, 3), resized to `size`.
 
     Raises ValueError, which names the file, if it cannot be decoded.
     """
     shrink = max(1, min(ORIGINAL_SIZE[0] / size[0], ORIGINAL_SIZE[1] / size[1]))
-    factor = max(factor for factor in (1, 2, 4, 8) if factor <= shrink)
-    flag = cv2.IMREAD_COLOR if factor == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}")
-    image = cv2.imread(str(path), flag)
-    if image is None:
-        raise ValueError(f"{path} is not an image that can be decoded.")
+    image = decode_image(path, max(factor for factor in (1, 2, 4, 8) if factor <= shrink))
     if image.shape[:2] != tuple(size):
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
@@ -981,7 +1443,7 @@ for bit, (axes, name) in enumerate(zip(panels.flat, CLASSES)):
     mask = read_plane(labels.loc[chosen], SUBMISSION_SIZE) >> bit & 1
     axes.imshow(np.where(mask[..., None], image, image // 4))
     axes.set(title=f"{name} in {chosen}", xlabel="column", ylabel="row")
-figure.savefig(output / "patterns.png")
+save_figure(figure, output / "patterns.png")
 plt.show()
 
 # %% [markdown]
@@ -1167,7 +1629,7 @@ for axes, draw in zip(panels.flat, [AS_IS, 1, 3, 4, 6, 7]):
     image, plane = augment(small, *pair, draw)
     outline(axes, image, split_plane(plane), "as it is" if draw == AS_IS else f"draw {draw}")
 add_legend(figure)
-figure.savefig(output / "augmentation.png")
+save_figure(figure, output / "augmentation.png")
 plt.show()
 
 # %% [markdown]
@@ -1275,51 +1737,37 @@ class StochasticDepth(tf.keras.layers.Layer):
         return inputs * tf.cast(kept, inputs.dtype) / (1 - self.rate)
 
 
+# %%
 def list_layers(model):
     """The layers of a network, and those of the networks in it."""
     parts = [list_layers(part) if hasattr(part, "layers") else [part] for part in model.layers]
     return list(itertools.chain(*parts))
 
 
-def adapt_encoder():
+@contextlib.contextmanager
+def adapt_encoder(weights):
     """Let the encoders that are built within this context have our StochasticDepth, and a swish
     that keeps one map for its derivative; the package's own keeps two with legacy Keras.
+
+    Raises ValueError if the file `weights`, from which they are loaded, is not of the encoder.
     """
-    return mock.patch.multiple(
+    adapted = mock.patch.multiple(
         efficientnet.model,
         get_dropout=lambda **modules: StochasticDepth,
         get_swish=lambda **modules: tf.nn.swish,
     )
+    try:
+        with adapted:
+            yield
+    except (OSError, ValueError) as error:
+        if weights is None:
+            raise
+        raise ValueError(f"{weights} does not hold the encoder's weights: {error}") from None
 
 
 # %% [markdown]
 # The **classifier** averages the encoder's last map over the image and gives each class a
-# probability. For ImageNet, B0 to B7 were made for squares of 224 to 600 pixels. We take that as
-# the height, and 1.5 times as much as the width, because the pictures are 2 x 3; so a B0 sees them
-# at 224 x 336. Between the eight, sizes are interpolated by depth.
-
-
-# %%
-ENCODERS = {  # depth coefficient and size of the images on ImageNet
-    "efficientnetb0": (1.0, 224),
-    "efficientnetb1": (1.1, 240),
-    "efficientnetb2": (1.2, 260),
-    "efficientnetb3": (1.4, 300),
-    "efficientnetb4": (1.8, 380),
-    "efficientnetb5": (2.2, 456),
-    "efficientnetb6": (2.6, 528),
-    "efficientnetb7": (3.1, 600),
-}
-
-
-def configure_classifier(config):
-    """The configuration with the classifier's image and batch size as the sizes."""
-    depths, sizes = zip(*ENCODERS.values())
-    depth = ENCODERS[config.encoder][0] if config.encoder in ENCODERS else config.encoder[1]
-    height = round(np.interp(depth, depths, sizes))
-    size = config.classifier_size or (height, height * ORIGINAL_SIZE[1] // ORIGINAL_SIZE[0])
-    batch_size = config.classifier_batch_size
-    return replace(config, image_size=size, classifier_size=size, batch_size=batch_size)
+# probability.
 
 
 # %%
@@ -1333,9 +1781,10 @@ def build_classifier(config):
         images, normalised = make_input(size)
         get_backbone = segmentation_models.Backbones.get_backbone
         build_encoder = segmentation_models.inject_global_submodules(get_backbone)
-        weights = {"weights": find_weights(config), "include_top": False}
-        with adapt_encoder():
-            encoder = build_encoder(register_encoder(config), input_shape=(*size, 3), **weights)
+        weights = find_weights(config)
+        settings = {"input_shape": (*size, 3), "weights": weights, "include_top": False}
+        with adapt_encoder(weights):
+            encoder = build_encoder(register_encoder(config), **settings)
         set_momentum(encoder, config)
         average = layers.GlobalAveragePooling2D(dtype="float32", name="average")
         logits = layers.Dense(len(CLASSES), dtype="float32", name="logits")
@@ -1363,11 +1812,12 @@ def build_efficient_unet(config):
     """
     with use_precision(config.precision):
         images, normalised = make_input(config.image_size)
-        with adapt_encoder():
+        weights = find_weights(config)
+        with adapt_encoder(weights):
             unet = segmentation_models.Unet(
                 register_encoder(config),
                 input_shape=(*config.image_size, 3),
-                encoder_weights=find_weights(config),
+                encoder_weights=weights,
                 classes=len(CLASSES) + (config.activation == "softmax"),
                 activation="linear",
             )
@@ -1410,6 +1860,7 @@ class Footprint:
     parameters: int
     operations: int  # multiplications and additions to predict an image, in layers with weights
     memory: int  # bytes for each image of a training step, besides those for the weights
+    shapes: tuple  # of all weights, sorted
 
     def step_memory(self, images):
         """The bytes of a training step with a number of images."""
@@ -1437,7 +1888,8 @@ def measure_network(model):
         kept |= {id(tensor): count_bytes([tensor], dtype) for tensor in needed}
         largest = max(largest, count_bytes([*inputs, *outputs], "float32"))
     memory = sum(kept.values()) + AT_WORK * largest
-    return Footprint(model.count_params(), operations, round(memory))
+    shapes = tuple(sorted(tuple(weight.shape) for weight in model.weights))
+    return Footprint(model.count_params(), operations, round(memory), shapes)
 
 
 def build_network(config, network):
@@ -1502,9 +1954,60 @@ def fit_run(run, config, accelerator):
     return replace(run, config=own)
 
 
+# %% [markdown]
+# Before hours are spent on training: is the disk large enough for what it will leave, and are the
+# weights that will be loaded those of these networks?
+
+
+# %%
+DISK_FOR_WEIGHT = 16  # bytes: its best value, and in the state its last one and two averages
+
+
+def check_disk(runs, output):
+    """Raise OSError if the output folder has not enough space for the weights and states of runs.
+
+    A new state is written before the old one is deleted.
+    """
+    networks = itertools.product(runs, ("classifier", *NETWORKS))  # the baseline is a classifier
+    weights = [find_footprint(run.config, network).parameters for run, network in networks]
+    needed, free = DISK_FOR_WEIGHT * (sum(weights) + max(weights)), shutil.disk_usage(output).free
+    if needed > free:
+        raise OSError(
+            f"Training may write {needed / GIBIBYTE:.1f} GiB to {output}, where "
+            f"{free / GIBIBYTE:.1f} are free. Make room, choose another output folder, or name "
+            "fewer encoders and folds."
+        )
+
+
+def read_shapes(path):
+    """The shapes of all arrays in an HDF5 file, sorted. Raises ValueError if it is none."""
+    parts = []
+    try:
+        with h5py.File(path) as file:
+            file.visititems(lambda name, part: parts.append(getattr(part, "shape", None)))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5 ({error}).") from None
+    return tuple(sorted(shape for shape in parts if shape is not None))  # groups have none
+
+
+def check_weights(run, networks):
+    """Raise ValueError, which names the file, unless a run's weights are those of its networks."""
+    for network in networks:
+        path = run.files(network).weights
+        if read_shapes(path) != find_footprint(run.config, network).shapes:
+            encoder = name_encoder(run.config.encoder)
+            raise ValueError(f"{path} does not hold the weights of a {network} with {encoder}.")
+
+
 # %%
 members = [fit_run(run, config, accelerator) for run in members]
 runs = members[: len(runs)]  # ours lead the members
+for run in members[0 if not config.train else len(runs) :]:
+    check_weights(run, NETWORKS)
+if config.train:
+    check_disk(runs, output)
+    for start in {run.config.encoder: run.config for run in runs if starts[run.name]}.values():
+        build_classifier(start)
 footprints = {}
 for run, network in itertools.product(runs, NETWORKS):
     cost, one = find_footprint(run.config, network), run.config
@@ -1735,129 +2238,128 @@ class Progress:
 
 
 # %% [markdown]
-# After every epoch a training leaves its history, its best weights so far, and its state: all
-# weights, the optimiser and the number of steps done. Started again in the same folder, or with
-# that folder attached as an input, it goes on from there, with the same examples and the same
-# chances as if it had not stopped. It does so only if everything that shapes it is the same: the
-# configuration, the number of epochs and the labels.
+# When it begins and after every epoch, a training leaves its history, its best weights so far, and
+# its state: all weights, the optimiser and the number of steps done. Started again in the same
+# folder, or with that folder attached as an input, it goes on from there, with the same examples
+# and the same chances as if it had not stopped. It does so only if everything that shapes it is the
+# same, the configuration, the number of epochs and the labels, and if what it left can be read.
 
 
 # %%
-NOT_SHAPING = (  # fields of Config that a training does not depend on
-    *("encoders", "folds_to_run", "gate_recall", "flips", "decision"),
-    *("train", "hours", "threads"),
-)
+HISTORY = {"epoch": float, "step": int, "loss": float, "val_loss": float}
 
 
-def describe_training(config, epochs, parts):
-    """What shapes a training, for JSON: its configuration, its epochs and its labels."""
-    fields = {**dataclasses.asdict(config), "epochs": epochs}
-    settings = {name: value for name, value in fields.items() if name not in NOT_SHAPING}
-    hashes = [int(pd.util.hash_pandas_object(rows).sum()) for _, rows in parts]
-    return json.loads(json.dumps({**settings, "labels": hashes}))
+def read_history(path):
+    """The history of a training, exactly as it was. Raises KeyError if a column lacks."""
+    return pd.read_csv(path, float_precision="round_trip")[list(HISTORY)].astype(HISTORY)
 
 
-def write_settings(state, settings, finished):
-    """Leave in the folder `state` what shapes a training, and whether that is finished."""
-    write_whole(state / "settings.json", json.dumps({**settings, "finished": finished}, indent=2))
+def write_history(path, epochs):
+    """Leave the history of a training, a list of dictionaries."""
+    write_whole(path, pd.DataFrame(epochs, columns=list(HISTORY)).to_csv(index=False))
 
 
-def begin_training(state, settings):
-    """Make the folder `state` anew, for a training that these settings shape."""
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir()
-    write_settings(state, settings, finished=False)
-
-
-def finish_training(state, settings):
-    """Mark a training as complete. Its weights and its history are enough from now on."""
-    write_settings(state, settings, finished=True)
-    for path in state.iterdir():
-        if path.name != "settings.json":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a kill may leave folders
-
-
-def read_settings(state):
-    """The settings and whether the training is finished, as they were left; ({}, False) if not."""
-    path = state / "settings.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    finished = settings.pop("finished", False)
-    return settings, finished
-
-
-# %%
-def find_training(name, settings, folders):
-    """The first of some folders with a training of this name and these settings, or None.
-
-    Tells why the others are passed over.
-    """
-    for folder in folders:
-        found, _ = read_settings(folder / f"{name}.state")
-        if found == settings:
-            return folder
-        if found:
-            keys = [key for key in settings if found.get(key) != settings[key]]
-            print(f"{name} in {folder} is not gone on with: other {', '.join(keys)}")
+def find_damage(files, finished):
+    """What cannot be read of a training that is to be gone on with, or None."""
+    try:
+        history = read_history(files.history)
+        h5py.File(files.weights).close()
+        if not finished and (latest := tf.train.latest_checkpoint(files.state)):
+            state = tf.train.load_checkpoint(latest)
+            values = {part: state.get_tensor(part) for part in state.get_variable_to_shape_map()}
+            if values["done/.ATTRIBUTES/VARIABLE_VALUE"] not in history["step"].to_numpy():
+                return "its history lacks the last step"
+    except (OSError, ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
-def copy_training(name, source, target):
-    """Copy what a training has left from one folder to another, its state last and at once."""
-    for kept in (f"{name}.weights.h5", f"{name}.csv"):
-        if (source / kept).is_file():
-            shutil.copyfile(source / kept, target / kept)
-    state, temporary = target / f"{name}.state", target / f"part.{name}.state"
-    for folder in (state, temporary):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source / state.name, temporary)
-    os.replace(temporary, state)
+# %%
+def find_training(files, settings, earlier):
+    """The Files, here or in a folder of `earlier`, of a training of these settings, or None.
+
+    Tells why others are passed over.
+    """
+    for place in (files, *(replace(files, folder=folder) for folder in earlier)):
+        if known := place.read():
+            others = [key for key in settings if known["settings"].get(key) != settings[key]]
+            reason = f"other {', '.join(others)}" if others else None
+            reason = reason or find_damage(place, known["finished"])
+            if reason is None:
+                return place
+            print(f"{files.name} in {place.folder} is not gone on with: {reason}")
+    return None
 
 
+# %%
 def save_weights(model, path):
-    """Write a network's weights under another name, then rename the file."""
-    temporary = path.with_name("part." + path.name)
-    model.save_weights(temporary)
-    os.replace(temporary, path)
+    """Write a network's weights, whole or not at all."""
+    with replacing(path) as temporary:
+        model.save_weights(temporary)
+
+
+def begin_training(files, settings, model):
+    """Leave the initial weights, an empty history and the settings of a training."""
+    shutil.rmtree(files.state, ignore_errors=True)  # what lay here is no training from now on
+    save_weights(model, files.weights)
+    write_history(files.history, [])
+    files.state.mkdir()
+    files.write(settings)
+
+
+def copy_training(source, target):
+    """Copy what a training has left to other Files, its state last and at once."""
+    shutil.rmtree(target.state, ignore_errors=True)
+    for name in ("weights", "history"):
+        with replacing(getattr(target, name)) as temporary:
+            shutil.copyfile(getattr(source, name), temporary)
+    with replacing(target.state) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source.state, temporary)
+
+
+def finish_training(files, settings, stopped=None):
+    """Mark a training as complete. Its weights and its history are enough from now on."""
+    files.write(settings, True, stopped)
+    for path in files.state.iterdir():
+        if path.name != "training.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a kill may leave folders
 
 
 # %%
 class Record:
     """What a training leaves and goes on from: its best weights, its history, its state."""
 
-    def __init__(self, weights_path, settings, model, optimizer):
-        self.weights_path, self.settings = weights_path, settings
-        self.model, self.optimizer = model, optimizer
-        self.name = weights_path.name.removesuffix(".weights.h5")
-        self.history_path = weights_path.with_name(f"{self.name}.csv")
-        self.state = weights_path.with_name(f"{self.name}.state")
-        self.epochs, self.finished = [], False
+    def __init__(self, files, settings, model, optimizer):
+        self.files, self.settings, self.model, self.optimizer = files, settings, model, optimizer
+        self.epochs, self.finished, self.stopped = [], False, None
         self.done = tf.Variable(0, trainable=False, dtype=tf.int64)  # steps
         self.parts = tf.train.Checkpoint(model=model, optimizer=optimizer, done=self.done)
 
     def resume(self, earlier):
-        """Load the state from here or else from a folder of `earlier`; returns the steps done."""
-        folder = find_training(self.name, self.settings, (self.state.parent, *earlier))
-        if folder is None:
-            begin_training(self.state, self.settings)
-        elif folder != self.state.parent:
-            copy_training(self.name, folder, self.state.parent)
-        self.finished = read_settings(self.state)[1]
-        self.manager = tf.train.CheckpointManager(self.parts, str(self.state), max_to_keep=1)
+        """Load the state from here or else from a folder of `earlier`, or begin the training."""
+        place = find_training(self.files, self.settings, earlier)
+        if place is None:
+            begin_training(self.files, self.settings, self.model)
+        elif place != self.files:
+            copy_training(place, self.files)
+        known = self.files.read()
+        self.finished, self.stopped = known["finished"], known["stopped"]
+        self.manager = tf.train.CheckpointManager(self.parts, str(self.files.state), max_to_keep=1)
         if not self.finished and self.manager.restore_or_initialize():
-            history = pd.read_csv(self.history_path, float_precision="round_trip")
+            history = read_history(self.files.history)
             rows = history["step"] <= int(self.done)  # a kill may have come before the state
             self.epochs = history[rows].to_dict("records")
-        if folder is not None:
+        if place is not None:
             state = "is finished" if self.finished else f"goes on after {int(self.done)} steps"
-            print(f"{self.name} {state}, in {folder}")
-        return int(self.done)
+            print(f"{self.files.name} {state}, in {place.folder}")
 
     def add(self, row):
-        """Leave everything after an epoch, a dictionary with "step", "loss" and "val_loss"."""
+        """Leave everything after an epoch, a dictionary of HISTORY."""
         if row["val_loss"] < min((epoch["val_loss"] for epoch in self.epochs), default=math.inf):
-            save_weights(self.model, self.weights_path)
+            save_weights(self.model, self.files.weights)
         self.epochs.append(row)
-        write_whole(self.history_path, pd.DataFrame(self.epochs).to_csv(index=False))
+        write_history(self.files.history, self.epochs)
         self.done.assign(row["step"])
         self.manager.save()
 
@@ -1869,23 +2371,6 @@ class Record:
 
 
 # %%
-@dataclass(frozen=True)
-class Session:
-    """What the trainings of a session share."""
-
-    accelerator: Accelerator
-    clock: Clock
-    earlier: tuple = ()  # folders of earlier sessions, whose trainings may be gone on with
-
-    def allow(self, share, reserve, predictions, seconds):
-        """The seconds that a training may take: a share of what is left of the session.
-
-        Kept back are `reserve` seconds and those of a number of predictions of an image, `seconds`
-        each and a quarter more.
-        """
-        return share * (self.clock.left() - reserve - 1.25 * predictions * seconds)
-
-
 def time_batch(predict, batch, now):
     """The seconds that each image of a batch takes, once the function is compiled."""
     predict(*batch)
@@ -1927,13 +2412,38 @@ class Plan:
             self.told = told
 
 
+# %% [markdown]
+# A loss that is no longer a number never becomes one again; only in float16, whose scaled gradients
+# may be too large for a step, it can recover. So after ten such steps in a row, or after such an
+# epoch, the training ends, and the notebook goes on with the best weights so far.
+
+
+# %%
+NOT_A_NUMBER = 10  # steps in a row
+
+
+class Stop(Exception):
+    """Ends a training before its time. `final` if it would end so each time."""
+
+    def __init__(self, reason, final):
+        super().__init__(reason)
+        self.final = final
+
+
+def check_losses(losses, interrupt):
+    """Raise Stop if training should end after steps with these losses."""
+    if interrupt.asked:
+        raise Stop("it was interrupted", final=False)
+    last = losses[-NOT_A_NUMBER:]
+    if len(last) == NOT_A_NUMBER and not np.isfinite(last).any():
+        raise Stop("its loss became nan", final=True)
+
+
 # %%
 def run_epochs(session, config, loss, parts, epochs, record, allow):
-    """Do the steps of a training that are not done yet, and leave them in its record."""
+    """Do the steps of a training that are not done yet. Leaves them in its record; raises Stop."""
     strategy, now = session.accelerator.strategy, session.clock.now
-    model, optimizer, done = record.model, record.optimizer, record.resume(session.earlier)
-    if record.finished:
-        return
+    model, optimizer, done = record.model, record.optimizer, int(record.done)
     steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
     validate = distribute(strategy, make_validation(model, loss))
     step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
@@ -1941,8 +2451,8 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
     validation = make_dataset(config, *parts[1], cache=cache)
     batches = iter(make_dataset(config, *parts[0], done * config.batch_size, cache))
     each = time_batch(validate, next(iter(validation)), now)
-    plan = Plan(record.name, epochs, steps, now() + allow(each), count * each, now)
-    progress = Progress(f"{record.name}: step", plan.total, done)
+    plan = Plan(record.files.name, epochs, steps, now() + allow(each), count * each, now)
+    progress = Progress(f"{record.files.name}: step", plan.total, done)
 
     def revise():
         plan.revise(done)
@@ -1958,16 +2468,17 @@ def run_epochs(session, config, loss, parts, epochs, record, allow):
             if plan.timed in (10, 100, 1000):
                 revise()
             progress.advance(f"(loss {losses[-1]:.4f})")
+            check_losses(losses, session.interrupt)
         start = now()
         validated = np.concatenate([validate(*batch).numpy() for batch in validation])[:count]
         plan.count_validation(start)
-        means = {"loss": float(np.mean(losses)), "val_loss": float(validated.mean())}
-        record.add({"epoch": done / steps, "step": done, **means})
+        if not np.isfinite(validated).all():
+            raise Stop("its validation loss became nan", final=True)
+        means = float(np.mean(losses)), float(validated.mean())
+        record.add(dict(zip(HISTORY, (done / steps, done, *means))))
         revise()
-    if cache:
-        cache.clear()  # TensorFlow holds on to the dataset for longer
     if done == epochs * steps:
-        finish_training(record.state, record.settings)
+        finish_training(record.files, record.settings)
 
 
 # %%
@@ -1979,34 +2490,69 @@ def start_network(session, config, network):
         return build_network(config, network)
 
 
-def train(session, config, model, loss, parts, epochs, weights_path, allow):
-    """Train a network for a number of epochs and load its best weights, those in `weights_path`.
+# %%
+def train(session, config, model, loss, parts, epochs, files, allow):
+    """Train a network for a number of epochs, leave its Files and load its best weights.
 
     `loss` is a function of planes and probabilities; `parts` is what split_images returns; `allow`
     is a function from the seconds that an image's prediction takes to those that the training may
     take. If training is switched off, its weights and its history have to be there. Returns the
-    history, a row per epoch. Raises RuntimeError if the validation loss never was finite.
+    history, a row per epoch; it has none if the training ended within the first.
     """
     steps = epochs * count_steps(config, len(parts[0][0]))
     with session.accelerator.strategy.scope():
         optimizer = make_optimizer(config, steps, model.trainable_variables)
-    record = Record(weights_path, describe_training(config, epochs, parts), model, optimizer)
+    hashes = [int(pd.util.hash_pandas_object(rows).sum()) for _, rows in parts]
+    settings = {**describe_training(config, epochs), "labels": hashes}
+    record = Record(files, settings, model, optimizer)
     if config.train:
-        run_epochs(session, config, loss, parts, epochs, record, allow)
-    history = pd.read_csv(record.history_path, float_precision="round_trip")
-    if not np.isfinite(history["val_loss"]).any():
-        raise RuntimeError("The validation loss never was finite; try a lower learning rate.")
-    model.load_weights(weights_path)
-    return history.set_index("epoch")
+        record.resume(session.earlier)
+        try:
+            if not record.finished:
+                check_losses([], session.interrupt)
+                run_epochs(session, config, loss, parts, epochs, record, allow)
+        except Stop as stop:
+            record.stopped = str(stop)
+            if stop.final:
+                finish_training(files, settings, str(stop))
+    history = read_history(files.history).set_index("epoch")
+    if record.stopped:
+        best = f"of epoch {history['val_loss'].idxmin():.3g}" if len(history) else "it began with"
+        session.warn(f"{files.name} ended early: {record.stopped}. Its weights are those {best}.")
+    model.load_weights(files.weights)
+    return history
+
+
+# %%
+def train_runs(session, runs, train_one):
+    """Train runs one after the other; returns their histories by name.
+
+    `train_one` is a function of the number of the run and the run. Interrupted, the session goes on
+    without the runs that would come next.
+    """
+    histories = {}
+    with session.interrupt:
+        for index, run in enumerate(runs):
+            if not session.interrupt.asked:
+                histories[run.name] = train_one(index, run)
+    if left_out := [run.name for run in runs if run.name not in histories]:
+        session.warn(f"Interrupted, the session goes on without {', '.join(left_out)}.")
+    return histories
+
+
+def keep_trained(runs, members, histories):
+    """The runs of a session and the members without those runs that have no history."""
+    kept = [run for run in runs if run.name in histories]
+    return kept, [*kept, *members[len(runs) :]]
 
 
 def plot_histories(axes, histories, title, ylabel):
     """Draw the losses of trainings, a dictionary from runs' names to histories."""
     for index, (name, history) in enumerate(histories.items()):
-        color, best = f"C{index}", history["val_loss"].idxmin()
+        color, best = f"C{index}", history["val_loss"].nsmallest(1)  # of no epoch there is none
         axes.plot(history["loss"], "--", color=color, label=f"{name}, training")
         axes.plot(history["val_loss"], color=color, label=f"{name}, validation")
-        axes.plot(best, history["val_loss"][best], "o", color=color)
+        axes.plot(best, "o", color=color)
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -2040,8 +2586,8 @@ def train_classifier(session, run, labels, folds, folder, share=1.0, reserve=0.0
         model.get_layer(index=2).trainable = network == "classifier"  # the encoder
         own = share * epochs / sum(config.classifier_epochs)
         allow = functools.partial(session.allow, own / (1 - used), reserve, 0)
-        path = run.weights(network)
-        histories[network] = train(session, config, model, loss, parts, epochs, path, allow)
+        files = run.files(network)
+        histories[network] = train(session, config, model, loss, parts, epochs, files, allow)
         used += own
     return histories
 
@@ -2051,7 +2597,7 @@ def load_network(run, network, strategy=None):
     """The trained "baseline", "classifier" or "unet" of a run, on the replicas of a strategy."""
     with (strategy or tf.distribute.get_strategy()).scope():
         model = build_network(replace(run.config, encoder_weights=None), network)  # ours follow
-        model.load_weights(run.weights(network))
+        model.load_weights(run.files(network).weights)
     return model
 
 
@@ -2065,11 +2611,13 @@ def predict_presence(run, network, paths, strategy=None):
 
 
 # %% tags=["nbval-ignore-output"]
-session = Session(accelerator, clock, tuple(earlier_sessions))
-reserve, classifier_histories = (1 - CLASSIFIER_SHARE) * clock.left(), {}
-for index, run in enumerate(runs):
-    share = 1 / (len(runs) - index)
-    classifier_histories[run.name] = train_classifier(session, run, *labelled, share, reserve)
+reserve, count = (1 - CLASSIFIER_SHARE) * clock.left(), len(runs)
+classifier_histories = train_runs(
+    session,
+    runs,
+    lambda index, run: train_classifier(session, run, *labelled, 1 / (count - index), reserve),
+)
+runs, members = keep_trained(runs, members, classifier_histories)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
@@ -2077,7 +2625,7 @@ for axes, network in zip(panels, ("baseline", "classifier")):
     histories = {name: history[network] for name, history in classifier_histories.items()}
     plot_histories(axes, histories, f"The {network}; a dot is kept", "cross-entropy")
 figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-figure.savefig(output / "classifier.png")
+save_figure(figure, output / "classifier.png")
 plt.show()
 
 # %% [markdown]
@@ -2199,7 +2747,7 @@ for name, color, curve, reliability in zip(CLASSES, COLORS, *panels):
     reliability.set(ylabel="share of images with the class", xlim=(0, 1), ylim=(-0.03, 1.03))
     curve.legend(loc="lower left")
     reliability.legend(loc="upper left")
-figure.savefig(output / "precision_recall.png")
+save_figure(figure, output / "precision_recall.png")
 plt.show()
 
 # %% [markdown]
@@ -2268,7 +2816,7 @@ for index, (name, (above, below)) in enumerate(zip(CLASSES, panels.T)):
     outline(above, image, only, f"{name}: {image_name}{absent}")
     outline(below, image, only, "Grad-CAM")
     below.imshow(heat, cmap="inferno", alpha=0.6)
-figure.savefig(output / "grad_cam.png")
+save_figure(figure, output / "grad_cam.png")
 plt.show()
 
 # %% [markdown]
@@ -2298,18 +2846,23 @@ def train_unet(session, run, labels, folds, folder, share=1.0, predictions=0):
     )
     allow = functools.partial(session.allow, share, LAST_RESERVE, predictions)
 
-    return train(session, config, model, loss, parts, config.epochs, run.weights("unet"), allow)
+    return train(session, config, model, loss, parts, config.epochs, run.files("unet"), allow)
 
 
 # %% tags=["nbval-ignore-output"]
-views = 4 if config.flips else 1
+views, count = 4 if config.flips else 1, len(runs)
 each = [views * (len(test_paths) + (folds == run.config.fold).sum()) for run in members]
 costs = [find_footprint(run.config, "unet").operations for run in members]
-unet_histories = {}
-for index, run in enumerate(runs):
-    share = costs[index] / sum(costs[index : len(runs)])
-    predictions = np.dot(each, costs) / costs[index]  # of images by this network
-    unet_histories[run.name] = train_unet(session, run, *labelled, share, predictions)
+unet_histories = train_runs(
+    session,
+    runs,
+    lambda index, run: train_unet(
+        *(session, run, *labelled),
+        share=costs[index] / sum(costs[index:count]),
+        predictions=np.dot(each, costs) / costs[index],  # of images by this network
+    ),
+)
+runs, members = keep_trained(runs, members, unet_histories)
 
 # %%
 weight = config.cross_entropy_weight
@@ -2317,7 +2870,7 @@ ylabel = f"{weight:.2g} x cross-entropy + {1 - weight:.2g} x Dice loss"
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
 plot_histories(axes, unet_histories, "EfficientUNet; a dot is kept", ylabel)
 axes.legend()
-figure.savefig(output / "history.png")
+save_figure(figure, output / "history.png")
 plt.show()
 
 # %% [markdown]
@@ -2742,7 +3295,7 @@ def use_expectation(config, areas, overlaps, presence):
     return use_shapes(config, areas[..., :256], overlaps[..., :256], presence)
 
 
-WAYS = {
+WAYS = {  # by the names in DECISIONS
     "threshold 0.5": use_half,
     "threshold and area": use_area,
     "threshold and area, gated": use_gate,
@@ -2859,7 +3412,7 @@ for axes, (title, values) in zip(panels, bars.items()):
     axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.2f", padding=3)
     axes.set(title=title, xlabel="share" if "Dice" not in title else "mean", xlim=(0, 1.15))
 panels[0].invert_yaxis()
-figure.savefig(output / "gains.png")
+save_figure(figure, output / "gains.png")
 plt.show()
 
 # %% [markdown]
@@ -2876,7 +3429,7 @@ for index, (axes, name) in enumerate(zip(panels.flat, CLASSES)):
     axes.plot(threshold, least, "r*", markersize=14, clip_on=False)
     axes.set(title=f"{name}, its rule starred", xlabel="threshold", ylabel="minimum area, %")
     figure.colorbar(image, ax=axes, label="mean Dice")
-figure.savefig(output / "rules.png")
+save_figure(figure, output / "rules.png")
 plt.show()
 
 # %% [markdown]
@@ -2918,7 +3471,7 @@ for row, path, several in zip(panels, shown, predict_together(fitting, shown)):
     outline(row[0], image, truth, f"{path.name}: truth")
     outline(row[1], image, masks, f"{path.name}: predicted")
 add_legend(figure)
-figure.savefig(output / "validation.png")
+save_figure(figure, output / "validation.png")
 plt.show()
 
 # %% [markdown]
@@ -2934,10 +3487,10 @@ plt.show()
 LEAST_TIME = 120  # seconds to write the submission and the report
 
 
-def predict_rles(predictors, paths, presence, decide, clock):
+def predict_rles(predictors, paths, presence, decide, session):
     """The encoded masks of each image, a dictionary from label rows to run-length encodings.
 
-    It ends LEAST_TIME before the clock does, and tells how many images it has left out.
+    It ends LEAST_TIME before the session does, and tells how many images it has left out.
     """
     progress = Progress("Test image", len(paths))
     rles = {}
@@ -2946,8 +3499,9 @@ def predict_rles(predictors, paths, presence, decide, clock):
         for index, name in enumerate(CLASSES):
             rles[f"{path.name}_{name}"] = encode_rle(masks[..., index])
         progress.advance()
-        if clock.left() < LEAST_TIME:
-            print(f"The time is over: {len(paths) - progress.done} images get empty masks.")
+        if session.clock.left() < LEAST_TIME and progress.done < len(paths):
+            left = len(paths) - progress.done
+            session.warn(f"The time is over: {left} test images are predicted to be empty.")
             break
     return rles
 
@@ -2955,7 +3509,7 @@ def predict_rles(predictors, paths, presence, decide, clock):
 # %% tags=["nbval-ignore-output"]
 several = [predict_presence(run, "classifier", test_paths, strategy) for run in members]
 found = np.mean(several, axis=0)
-rles = predict_rles(predictors, test_paths, found, decide, clock)
+rles = predict_rles(predictors, test_paths, found, decide, session)
 write_submission(rles, sample_path, submission_path)
 
 # %%
@@ -2972,13 +3526,13 @@ submission.set_index("Image_Label")["EncodedPixels"].str.slice(0, 60).head(8)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-predicted = submission.pivot(index="image", columns="class", values="EncodedPixels")
+predicted = read_labels(submission_path, SUBMISSION_SIZE)
 for axes, path in zip(panels, test_paths):
-    encoded = predicted.loc[path.name, list(CLASSES)]
+    encoded = predicted.loc[path.name]
     masks = np.stack([decode_rle(rle, SUBMISSION_SIZE) for rle in encoded], axis=-1)
     outline(axes, read_image(path, SUBMISSION_SIZE), masks, f"{path.name}: predicted")
 add_legend(figure)
-figure.savefig(output / "test.png")
+save_figure(figure, output / "test.png")
 plt.show()
 
 # %% [markdown]
@@ -3082,11 +3636,13 @@ results = {
     "predicted by": [f"{run.name} in {run.folder}" for run in members],
     "decided by": way,
     "validation Dice": comparison[[*CLASSES, "mean"]].to_dict(orient="index"),
+    "warnings": session.warnings,
 }
 write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
 print("The test images were predicted by", ", ".join(results["predicted by"]))
 print(f"and decided by: {way}. Dice of the validation images:")
 print(comparison["mean"].round(4).to_dict())
+print("\n".join(["Warnings:", *session.warnings]) if session.warnings else "No warnings.")
 print(f"In {output}:", ", ".join(sorted(path.name for path in output.iterdir())))
 
 # %% [markdown]

@@ -88,7 +88,7 @@ def test_probabilities_of_each_image_in_order(kernel, tiny, paths, tmp_path):
     (run,) = kernel.list_runs(kernel.replace(tiny, folds_to_run=()), tmp_path)
     config = kernel.configure_classifier(run.config)
     model = kernel.build_classifier(config)
-    model.save_weights(run.weights("classifier"))
+    model.save_weights(run.files("classifier").weights)
     found = kernel.predict_presence(run, "classifier", paths[:5])
     for path, probabilities in zip(paths, found):
         expected = model(kernel.read_image(path, config.image_size)[None], training=False)

@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -28,22 +29,83 @@ def test_undecodable_image_is_named(kernel, tmp_path):
         kernel.read_image(path, (64, 96))
 
 
-@given(draw=st.integers(0, 2**31 - 1))
-def test_image_and_masks_move_together(kernel, draw):
-    """Two markers painted into the image are found at their places in the plane."""
-    image = np.zeros((96, 160, 3), np.uint8)
-    plane = np.zeros((96, 160), np.uint8)
-    for bit, (rows, columns) in enumerate(
-        [(slice(20, 50), slice(30, 70)), (slice(55, 80), slice(90, 130))]
-    ):
-        image[rows, columns, bit] = 255
-        plane[rows, columns] |= 1 << bit
-    config = kernel.replace(kernel.SAMPLE, image_size=(96, 160))
-    image, plane = kernel.augment(config, image, plane, draw)
-    assert set(np.unique(plane)) <= {0, 1, 2}
-    for bit in range(2):
-        marker, mask = image[..., bit] > 127, plane >> bit & 1
-        assert kernel.dice(mask, marker) > 0.93  # the image is interpolated, the plane is not
+SIZE = (96, 160)
+BOX = st.tuples(st.integers(10, 60), st.integers(10, 120), st.integers(5, 25), st.integers(5, 30))
+DRAW = st.integers(0, 2**31 - 1)
+
+
+def paint(box):
+    """An image whose colours are the row, the column and 255, and the plane of a box of class 2."""
+    top, left, height, width = box
+    image = np.dstack([*np.indices(SIZE), np.full(SIZE, 255)]).astype(np.uint8)
+    plane = np.zeros(SIZE, np.uint8)
+    plane[top : top + height, left : left + width] = 4
+    return image, plane
+
+
+@given(box=BOX, draw=DRAW)
+@settings(max_examples=2000)
+def test_a_marker_is_where_the_image_s_pixels_went(kernel, box, draw):
+    """The colours of the augmented image say where each of its pixels comes from."""
+    top, left, height, width = box
+    config = kernel.replace(kernel.SAMPLE, image_size=SIZE, augmentation_probability=0.7)
+    image, plane = kernel.augment(config, *paint(box), draw)
+    assert image.dtype == plane.dtype == np.uint8 and image.shape == (*SIZE, 3)
+    assert plane.shape == SIZE and set(np.unique(plane)) <= {0, 4}
+    rows, columns, seen = np.moveaxis(image.astype(int), -1, 0)
+    seen = seen > 250  # not what turned in from outside
+    inside, near = (  # of the box, a pixel from its edge, and within it and two pixels around
+        (rows - top >= margin)
+        & (rows - top < height - margin)
+        & (columns - left >= margin)
+        & (columns - left < width - margin)
+        for margin in (1, -2)
+    )
+    assert (plane[seen & inside] == 4).all() and (plane[seen & ~near] == 0).all()
+
+
+@pytest.mark.parametrize("which", range(4))
+@given(box=BOX, draw=DRAW)
+@settings(max_examples=500)
+def test_each_transform_brings_a_marker_where_it_should_be(kernel, which, box, draw):
+    def make_only_one(config, draw):
+        transforms = make_augmentation(config, draw)
+        for index, transform in enumerate(transforms):
+            transform.p = float(index == which)
+        return transforms
+
+    make_augmentation = kernel.make_augmentation
+    config = kernel.replace(kernel.SAMPLE, image_size=SIZE)
+    image, plane = paint(box)
+    with mock.patch.object(kernel, "make_augmentation", make_only_one):
+        _, moved = kernel.augment(config, image, plane, draw)
+    top, left, height, width = box
+    if which < 2:  # flips
+        expected = np.zeros(SIZE, np.uint8)
+        if which == 0:
+            left = SIZE[1] - left - width
+        else:
+            top = SIZE[0] - top - height
+        expected[top : top + height, left : left + width] = 4
+        np.testing.assert_array_equal(moved, expected)
+        return
+    border = np.concatenate([moved[[0, -1]].ravel(), moved[:, [0, -1]].ravel()])
+    if border.any() or not moved.any():
+        return  # a part has left the image
+    centre = np.array([top + (height - 1) / 2, left + (width - 1) / 2])
+    found = np.argwhere(moved).mean(axis=0)
+    middle = (np.array(SIZE) - 1) / 2
+    if which == 2:  # a rotation keeps the distance to the middle, and the area
+        radii = [np.hypot(*(place - middle)) for place in (centre, found)]
+        assert abs(radii[0] - radii[1]) < 1
+        angles = [np.arctan2(*(place - middle)) for place in (centre, found)]
+        turn = np.rad2deg((angles[1] - angles[0] + np.pi) % (2 * np.pi) - np.pi)
+        assert abs(turn) < 20 + np.rad2deg(1 / max(radii[0], 1))
+        assert abs((moved > 0).sum() - height * width) < 0.1 * height * width + 2 * (height + width)
+    else:  # a distortion of the grid keeps boxes upright boxes, at most a cell away
+        rows, columns = (np.flatnonzero((moved > 0).any(axis=axis)) for axis in (1, 0))
+        assert (moved[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 4).all()
+        assert (abs(found - centre) < np.array(SIZE) / 5).all()
 
 
 def apply_one_by_one(kernel, config, image, plane, draw):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -36,6 +36,7 @@ def test_empty_and_full_mask(kernel):
 
 
 @given(mask=MASKS)
+@settings(max_examples=2000)
 def test_any_mask_survives_the_round_trip(kernel, mask):
     rle = kernel.encode_rle(mask)
     np.testing.assert_array_equal(kernel.decode_rle(rle, mask.shape), mask)
@@ -45,6 +46,10 @@ def test_any_mask_survives_the_round_trip(kernel, mask):
 @pytest.mark.parametrize(
     ("rle", "quoted"),
     [
+        ("01 2", "'01' is not a whole number"),
+        ("1 2\n", r"'2\\n' is not a whole number"),
+        ("1 \u0662", "'\u0662' is not a whole number"),
+        ("1 2 3 4", "the run '3 4'"),
         ("1 2 3", "the run '3' has no length"),
         ("1 x", "'x' is not a whole number"),
         ("1 2.0", "'2.0' is not a whole number"),
@@ -67,6 +72,34 @@ def test_any_mask_survives_the_round_trip(kernel, mask):
 def test_invalid_encodings_are_refused_with_the_run(kernel, rle, quoted):
     with pytest.raises(ValueError, match=quoted):
         kernel.decode_rle(rle, (3, 4))
+
+
+NUMBERS = st.integers(-1, 14).map(str) | st.sampled_from(["", "x", "1.0", "01", "+1", "1e1"])
+STRINGS = (
+    st.text(max_size=20)
+    | st.text("0123456789 .-+\t\n", max_size=30)
+    | st.lists(NUMBERS, max_size=8).map(" ".join)
+    | st.lists(st.integers(1, 3), max_size=9).map(
+        lambda steps: " ".join(
+            str(sum(steps[: index + 1]) if index % 2 == 0 else steps[index])
+            for index in range(len(steps))
+        )
+    )
+)
+
+
+@given(rle=STRINGS)
+@settings(max_examples=4000)
+def test_any_string_is_a_mask_s_encoding_or_a_value_error(kernel, rle):
+    try:
+        mask = kernel.decode_rle(rle, (3, 5))
+    except ValueError as error:
+        event("refused")
+        assert str(error)
+    else:
+        event("accepted")
+        assert kernel.encode_rle(mask) == rle
+        np.testing.assert_array_equal(decode_slowly(rle, (3, 5)), mask)
 
 
 def test_plane_holds_the_masks_at_the_pixels_centres(kernel, labels):

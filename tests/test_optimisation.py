@@ -6,13 +6,24 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.metrics import f1_score
 
 PAIRS = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
     lambda size: st.tuples(arrays(bool, size), arrays(bool, size))
 )
+
+
+@given(pair=PAIRS)
+@settings(max_examples=2000)
+def test_dice_is_scikit_learn_s_f1_where_that_is_defined(kernel, pair):
+    truth, prediction = pair
+    expected = 1.0
+    if truth.any() or prediction.any():
+        expected = f1_score(truth.ravel(), prediction.ravel())
+    assert kernel.dice(*pair) == pytest.approx(expected)
 
 
 @given(pair=PAIRS)

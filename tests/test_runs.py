@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,13 @@ def make_results(kernel, folder, config, dice, weights=False):
     for number, run in enumerate(runs):
         values = [3, *np.array([0.5, 0.75, 0.7, dice, dice + 0.1]) + number / 100]
         run.results.update(zip(kernel.MEASURES, map(float, values)))
-        if weights:
-            for network in kernel.NETWORKS:
-                run.weights(network).touch()
+        run.results["images"] = 3
+        for network in ("baseline", *kernel.NETWORKS) if weights else ():
+            run.files(network).weights.touch()
+            state = run.files(network).state
+            state.mkdir()
+            settings = {**run.describe(network), "labels": [1, 2]}
+            (state / "training.json").write_text(json.dumps({"settings": settings}))
     entries = [{"config": dataclasses.asdict(run.config), "results": run.results} for run in runs]
     text = json.dumps({"notebook": kernel.TITLE, "runs": entries})
     (folder / "results.json").write_text(text)
@@ -36,7 +41,7 @@ def test_a_run_for_each_encoder_and_fold(kernel, tmp_path):
         "efficientnet-1.0-1.2-fold4",
     ]
     assert runs[3].config == kernel.replace(kernel.PAPER, encoder=(1.0, 1.2), fold=4)
-    assert len({run.weights(network) for run in runs for network in kernel.NETWORKS}) == 8
+    assert len({run.files(network) for run in runs for network in kernel.NETWORKS}) == 8
     assert [run.name for run in kernel.list_runs(kernel.PAPER, tmp_path)] == [
         "efficientnetb0-fold0"
     ]
@@ -74,8 +79,18 @@ def test_earlier_runs_are_found_where_kaggle_mounts_them_or_where_it_is_said(ker
         (lambda run: run["config"].pop("seed"), "seed"),
         (lambda run: run["config"].update(colour=1), "colour"),
         (lambda run: run["results"].pop("Dice"), "'Dice'"),
-        (lambda run: run["results"].update(Dice="high"), "'high'"),
-        (lambda run: run["results"].update(Dice=None), "NoneType"),
+        (lambda run: run["results"].update(Dice="0.5"), "Dice is '0.5'"),
+        (lambda run: run["results"].update(Dice=None), "Dice is None"),
+        (lambda run: run["results"].update(Dice=1.5), "Dice is 1.5"),
+        (lambda run: run["results"].update(Dice=True), "Dice is True"),
+        (lambda run: run["results"].update(Dice=math.inf), "Dice is inf"),
+        (lambda run: run["results"].update(images=0), "images is 0"),
+        (lambda run: run["results"].update(images=2.5), "images is 2.5"),
+        (lambda run: run["config"].update(encoder="../../b0"), "encoder is '../../b0'"),
+        (lambda run: run["config"].update(image_size=[1, 2]), "image_size is"),
+        (lambda run: run["config"].update(fold=9), "fold is 9"),
+        (lambda run: run.update(config=[]), "mapping"),
+        (lambda run: run.update(results="high"), "indices"),
     ],
 )
 def test_results_of_another_version_are_named(kernel, tmp_path, break_it, message):
@@ -84,8 +99,59 @@ def test_results_of_another_version_are_named(kernel, tmp_path, break_it, messag
     results = json.loads(path.read_text())
     break_it(results["runs"][0])
     path.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=f"{path} is of another version.*{message}"):
+    with pytest.raises(ValueError, match=f"{path} is not as this version .*{message}"):
         kernel.read_results(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        '{"notebook": 1}',
+        "[]",
+        "\udc80",
+        '{"notebook": "another", "runs": 1}',
+    ],
+)
+def test_other_files_of_that_name_tell_of_no_runs(kernel, tmp_path, text):
+    (tmp_path / "results.json").write_text(text, errors="surrogateescape")
+    assert kernel.read_results(tmp_path / "results.json") == []
+
+
+@pytest.mark.parametrize("runs", [None, 1, {}, [1], [[]], [{}], [{"config": {}}], "ab"])
+def test_results_without_runs_are_named(kernel, tmp_path, runs):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"notebook": kernel.TITLE, "runs": runs}))
+    if runs == {}:
+        assert kernel.read_results(path) == []
+    else:
+        with pytest.raises(ValueError, match=f"{path} is not as this version"):
+            kernel.read_results(path)
+
+
+def test_weights_of_another_run_in_the_same_folder_are_not_taken_for_those_of_the_first(
+    kernel, tmp_path
+):
+    """A second run that was killed before its results leaves the first run's results.json."""
+    base = kernel.replace(kernel.SAMPLE, folds_to_run=())
+    (run,) = make_results(kernel, tmp_path / "both", base, 0.6, weights=True)
+    networks = ("baseline", *kernel.NETWORKS)
+    assert run.has_weights(networks)
+    second = kernel.replace(run, config=kernel.replace(run.config, epochs=3))
+    state = second.files("unet").state
+    settings = {**second.describe("unet"), "labels": [1, 2]}
+    (state / "training.json").write_text(json.dumps({"settings": settings}))
+    assert not run.has_weights(networks) and run.has_weights(networks[:2])
+    assert second.has_weights(networks)  # the classifier does not depend on the U-Net's epochs
+    folds = pd.Series(np.arange(15) % 5)
+    earlier = kernel.read_results(tmp_path / "both" / "results.json")
+    assert kernel.choose_members([second], earlier, folds) == [second]
+    with pytest.raises(FileNotFoundError, match="no weights of"):
+        kernel.list_runs(kernel.replace(base, train=False), tmp_path, earlier)
+    (state / "training.json").write_text("{")
+    assert not run.has_weights(("unet",))
 
 
 def test_networks_predict_together_only_on_the_same_split_and_with_weights(kernel, tmp_path):
@@ -175,8 +241,6 @@ def test_with_training_switched_off_the_runs_are_those_of_an_earlier_session(ker
     base = kernel.replace(kernel.SAMPLE, folds_to_run=(0, 1), encoder_weights="imagenet")
     make_results(kernel, tmp_path / "bare", base, 0.5)
     trained = make_results(kernel, tmp_path / "trained", base, 0.6, weights=True)
-    for run in trained:
-        run.weights("baseline").touch()
     paths = kernel.find_earlier([tmp_path / "bare", tmp_path / "trained"], {}, tmp_path)
     earlier = [run for path in paths for run in kernel.read_results(path)]
     off = kernel.replace(kernel.SAMPLE, folds_to_run=(1,), train=False)
@@ -186,6 +250,6 @@ def test_with_training_switched_off_the_runs_are_those_of_an_earlier_session(ker
     lacking = "no weights of efficientnet-0.5-0.3-fold1 for these folds. Attach"
     with pytest.raises(FileNotFoundError, match=lacking):
         kernel.list_runs(kernel.replace(off, seed=1), tmp_path, earlier)
-    trained[1].weights("unet").unlink()
+    trained[1].files("unet").weights.unlink()
     with pytest.raises(FileNotFoundError, match=lacking):
         kernel.list_runs(off, tmp_path, earlier)

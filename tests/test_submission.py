@@ -1,7 +1,12 @@
-"""The submission's file."""
+"""The submission's file, and what Kaggle would make of it."""
+
+import contextlib
+import csv
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROWS = [
     f"{image}.jpg_{name}" for image in ("b", "a") for name in ("Fish", "Flower", "Gravel", "Sugar")
@@ -37,23 +42,167 @@ def test_a_row_without_a_mask_gets_the_empty_one(kernel, tmp_path, sample_path):
     assert (kernel.check_submission(path, sample_path)["EncodedPixels"] == "").all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: rows[:-1], "line 9: None, where .* has a.jpg_Sugar"),
-        (lambda rows: [*rows, ("c.jpg_Fish", "")], "line 10: c.jpg_Fish, where .* has None"),
-        (lambda rows: rows[::-1], "line 2: a.jpg_Sugar, where .* has b.jpg_Fish"),
-        (lambda rows: [*rows[:-1], rows[0]], "line 9, b.jpg_Fish: the label is there twice"),
-        (lambda rows: [(ROWS[0], "183750 2"), *rows[1:]], "line 2, b.jpg_Fish: the run '183750 2'"),
-        (lambda rows: [(ROWS[0], "5 2 1 2"), *rows[1:]], "line 2, b.jpg_Fish: the run '1 2'"),
-        (lambda rows: [(ROWS[0], "5 2.0"), *rows[1:]], "line 2, b.jpg_Fish: '2.0' is not"),
-        (lambda rows: [(ROWS[0], "nan"), *rows[1:]], "line 2, b.jpg_Fish: 'nan' is not"),
-    ],
-)
-def test_faults_are_refused_with_file_and_row(kernel, tmp_path, sample_path, change, message):
-    path = write(tmp_path / "submission.csv", change([(row, "") for row in ROWS]))
-    with pytest.raises(ValueError, match=f"{path}, {message}"):
+def list_pixels(rle):
+    """The pixels of an encoding, as often as it names them. Raises ValueError as Kaggle would."""
+    numbers = [int(word) for word in rle.split()]
+    starts, lengths = numbers[::2], numbers[1::2]
+    if len(starts) != len(lengths) or starts != sorted(starts) or min([*starts, *lengths, 1]) < 1:
+        raise ValueError("pairs of a start and a length, positive and sorted")
+    return [
+        pixel for start, length in zip(starts, lengths) for pixel in range(start, start + length)
+    ]
+
+
+def score(submission, truth):
+    """The mean Dice of a submission by the competition's definition, row by row.
+
+    The truth is a list of pairs of a label and the set of its pixels, counted from 1 down the first
+    column of 350, then down the second. Raises ValueError if Kaggle would refuse the submission.
+    """
+    with open(submission, newline="") as file:
+        (*columns,), *rows = csv.reader(file)
+    if columns != ["Image_Label", "EncodedPixels"]:
+        raise ValueError("columns")
+    if sorted(label for label, _ in rows) != sorted(label for label, _ in truth):
+        raise ValueError("rows")
+    scores = []
+    for (_, rle), (_, pixels) in zip(rows, truth):
+        predicted = list_pixels(rle)
+        total = len(predicted) + len(pixels)
+        scores.append(2 * len(pixels & set(predicted)) / total if total else 1)
+    return float(np.mean(scores))
+
+
+def draw_truth(seed=0):
+    """Random boxes as masks of the ROWS, of which every fourth is empty: (rows, 350, 525)."""
+    random = np.random.default_rng(seed)
+    masks = np.zeros((len(ROWS), 350, 525), bool)
+    for index in range(len(ROWS)):
+        top, left = random.integers(0, 200, size=2)
+        height, width = random.integers(40, 150, size=2)
+        masks[index, top : top + height, left : left + width] = index % 4 != 3
+    return masks
+
+
+def number_pixels(mask):
+    """The numbers of a mask's pixels (height, width), by the definition."""
+    return {column * len(mask) + row + 1 for row, column in np.argwhere(mask).tolist()}
+
+
+def replace_first(rle):
+    """A fault: another encoding in the first row, made from the right one."""
+    return lambda rows: [(rows[0][0], rle(rows[0][1])), *rows[1:]]
+
+
+def split_run(rle, overlap):
+    """An encoding whose first run is written as two, which overlap by a number of pixels."""
+    start, length, *others = map(int, rle.split())
+    half = length // 2
+    runs = [start, half, start + half - overlap, length - half + overlap, *others]
+    return " ".join(map(str, runs))
+
+
+FAULTS = {
+    "row missing": (lambda rows: rows[:-1], "line 9: None, where .* has a.jpg_Sugar"),
+    "row too many": (
+        lambda rows: [*rows, ("c.jpg_Fish", "")],
+        "line 10: c.jpg_Fish, where .* has None",
+    ),
+    "other order": (lambda rows: rows[::-1], "line 2: a.jpg_Sugar, where .* has b.jpg_Fish"),
+    "two rows exchanged": (
+        lambda rows: [rows[1], rows[0], *rows[2:]],
+        "line 2: b.jpg_Flower, where .* has b.jpg_Fish",
+    ),
+    "row twice": (
+        lambda rows: [*rows[:-1], rows[0]],
+        "line 9, b.jpg_Fish: the label is there twice",
+    ),
+    "class in small letters": (
+        lambda rows: [("b.jpg_fish", rows[0][1]), *rows[1:]],
+        "line 2, b.jpg_fish: the class is 'fish'",
+    ),
+    "past the image": (
+        replace_first(lambda rle: f"{rle} 183750 2"),
+        "line 2, b.jpg_Fish: the run '183750 2'",
+    ),
+    "behind the image": (
+        replace_first(lambda rle: f"{rle} 183751 1"),
+        "line 2, b.jpg_Fish: the run '183751 1'",
+    ),
+    "overlap": (replace_first(lambda rle: split_run(rle, 5)), "line 2, b.jpg_Fish: the run '"),
+    "unsorted": (replace_first(lambda rle: f"{rle} 1 1"), "line 2, b.jpg_Fish: the run '1 1'"),
+    "no length": (replace_first(lambda rle: f"{rle} 183750 0"), "b.jpg_Fish: the run '183750 0'"),
+    "number zero": (replace_first(lambda rle: f"0 1 {rle}"), "b.jpg_Fish: the run '0 1'"),
+    "counted from 0": (
+        lambda rows: [(rows[0][0], "0 350"), *rows[1:]],
+        "line 2, b.jpg_Fish: the run '0 350'",
+    ),
+    "odd count": (replace_first(lambda rle: f"{rle} 183750"), "the run '183750' has no length"),
+    "float notation": (replace_first(lambda rle: rle.replace(" ", ".0 ")), "is not a whole number"),
+    "exponent": (replace_first(lambda rle: f"{rle} 1e5 1"), "'1e5' is not a whole number"),
+    "nan": (replace_first(lambda rle: "nan"), "line 2, b.jpg_Fish: 'nan' is not"),
+    "minus one for empty": (replace_first(lambda rle: "-1"), "line 2, b.jpg_Fish: '-1' is not"),
+}
+
+
+@pytest.fixture
+def right(kernel, tmp_path, sample_path):
+    """Rows of a submission that are right, the truth that they are scored by, and where it is."""
+    masks = draw_truth()
+    rows = [(row, kernel.encode_rle(mask)) for row, mask in zip(ROWS, masks)]
+    truth = [(row, number_pixels(mask)) for row, mask in zip(ROWS, masks)]
+    path = tmp_path / "submission.csv"
+    kernel.write_submission(dict(rows), sample_path, path)
+    return rows, truth, path
+
+
+def test_a_right_submission_scores_1_and_passes(kernel, right, sample_path):
+    _, truth, path = right
+    assert score(path, truth) == 1.0
+    kernel.check_submission(path, sample_path)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_kaggle_would_refuse_or_score_wrongly_is_refused(kernel, right, sample_path, name):
+    rows, truth, path = right
+    change, message = FAULTS[name]
+    write(path, change(rows))
+    with contextlib.suppress(ValueError):  # refused by Kaggle
+        assert score(path, truth) < 1.0
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
         kernel.check_submission(path, sample_path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_masks_written_along_the_rows_are_refused(kernel, tmp_path, sample_path, seed):
+    masks, path = draw_truth(seed), tmp_path / "submission.csv"
+    truth = [(row, number_pixels(mask)) for row, mask in zip(ROWS, masks)]
+    write(path, [(row, kernel.encode_rle(mask)) for row, mask in zip(ROWS, masks)])
+    kernel.check_submission(path, sample_path)
+    write(path, [(row, kernel.encode_rle(mask.T)) for row, mask in zip(ROWS, masks)])
+    assert score(path, truth) < 0.9
+    with pytest.raises(ValueError, match=f"{path}: the masks are written along the rows"):
+        kernel.check_submission(path, sample_path)
+
+
+RUN_LISTS = st.lists(st.tuples(st.integers(1, 20000), st.integers(1, 2500)), max_size=8)
+
+
+@given(first=RUN_LISTS, second=RUN_LISTS)
+@settings(max_examples=300)
+def test_the_notebook_s_dice_is_the_scorer_s(kernel, tmp_path_factory, first, second):
+    masks = []
+    for runs in (first, second):
+        pixels, place = np.zeros(350 * 525, bool), 0
+        for gap, length in runs:
+            place += gap
+            pixels[place : place + length] = True
+            place += length
+        masks.append(pixels.reshape(525, 350).T)
+    path = tmp_path_factory.getbasetemp() / "scored.csv"
+    write(path, [("a.jpg_Fish", kernel.encode_rle(masks[0]))])
+    truth = [("a.jpg_Fish", number_pixels(masks[1]))]
+    assert kernel.dice(masks[1], masks[0]) == pytest.approx(score(path, truth))
 
 
 def test_predictions_are_encoded_under_their_names(kernel, session, tiny, sample, monkeypatch):
@@ -65,7 +214,7 @@ def test_predictions_are_encoded_under_their_names(kernel, session, tiny, sample
     monkeypatch.setattr(kernel, "predict_maps", lambda config, predict, paths: iter(maps))
     presence = np.ones((len(paths), 4))
     decide = kernel.use_half(tiny, None, None, None)
-    rles = kernel.predict_rles([(tiny, None)], paths, presence, decide, session.clock)
+    rles = kernel.predict_rles([(tiny, None)], paths, presence, decide, session)
     assert len(rles) == 4 * len(paths)
     for image, path in enumerate(paths):
         for index, name in enumerate(kernel.CLASSES):

@@ -1,7 +1,6 @@
 """Training: on several replicas, compiled for a TPU, by the clock, and gone on with when killed."""
 
 import functools
-import json
 import math
 import os
 import signal
@@ -50,8 +49,8 @@ def train_small(kernel, session, config, paths, labels, output, allow=allow_all,
     """Train a small network on eight images of the sample; returns it and its history."""
     tf.keras.utils.set_random_seed(config.seed)
     model, loss = build_small(config), loss or functools.partial(kernel.unet_loss, config)
-    path = output / "small.weights.h5"
-    arguments = (model, loss, split(paths, labels), config.epochs, path, allow)
+    files = kernel.Files(output, "small")
+    arguments = (model, loss, split(paths, labels), config.epochs, files, allow)
     return model, kernel.train(session, config, *arguments)
 
 
@@ -98,17 +97,148 @@ def test_training_twice_gives_the_same_weights(kernel, session, tiny, labels, pa
         np.testing.assert_array_equal(first, second)
 
 
-def test_a_loss_that_never_is_a_number_is_an_error(kernel, session, tiny, labels, paths, tmp_path):
-    with pytest.raises(RuntimeError, match="never was finite"):
-        train_small(
-            kernel,
-            session,
-            tiny,
-            paths,
-            labels,
-            tmp_path,
-            loss=lambda m, p: p[:, 0, 0, 0] * math.nan,
-        )
+# Ends before the time
+
+
+def lose(kernel, config, first, last=10**6):
+    """The loss, but nan from a number of calls in training on, up to another."""
+    calls = tf.Variable(0, trainable=False)
+
+    def loss(planes, probabilities):
+        number = calls.assign_add(1)  # of training steps and of batches of validation
+        factor = tf.where((number >= first) & (number <= last), math.nan, 1.0)
+        return kernel.unet_loss(config, planes, probabilities) * factor
+
+    return loss
+
+
+@pytest.fixture
+def own_session(kernel, session):
+    """A session with warnings of its own."""
+    return kernel.Session(session.accelerator, session.clock)
+
+
+def test_a_loss_that_becomes_nan_ends_the_training_with_its_best_weights(
+    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch
+):
+    """An epoch has eight steps, and two batches of validation; two more are for timing."""
+    config = kernel.replace(tiny, epochs=9)
+    loss = lose(kernel, config, 2 + 10 + 10 + 5)  # within the third epoch
+    model, history = train_small(kernel, own_session, config, paths, labels, tmp_path, loss=loss)
+    assert list(history.index) == [1, 2] and np.isfinite(history).all().all()
+    assert all(np.isfinite(weights).all() for weights in model.get_weights())
+    measured = measure_loss(kernel, config, model, paths, labels)
+    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
+    (warning,) = own_session.warnings
+    best = int(history["val_loss"].idxmin())
+    assert warning == (
+        f"small ended early: its validation loss became nan. Its weights are those of epoch {best}."
+    )
+    # Begun again, it would end so again; so it does not begin, and warns again.
+    monkeypatch.setattr(kernel, "make_step", None)
+    own_session.warnings.clear()
+    train_small(kernel, own_session, config, paths, labels, tmp_path, loss=loss)
+    assert own_session.warnings == [warning]
+
+
+def test_a_loss_that_is_nan_from_the_start_leaves_the_weights_as_they_were(
+    kernel, own_session, tiny, labels, paths, tmp_path
+):
+    loss = lose(kernel, tiny, 0)
+    kernel_steps = kernel.replace(tiny, batch_size=1, epochs=3)  # 16 steps in an epoch
+    model, history = train_small(
+        kernel, own_session, kernel_steps, paths, labels, tmp_path, loss=loss
+    )
+    assert len(history) == 0
+    tf.keras.utils.set_random_seed(tiny.seed)
+    for first, second in zip(model.get_weights(), build_small(tiny).get_weights()):
+        np.testing.assert_array_equal(first, second)
+    (warning,) = own_session.warnings
+    assert warning == "small ended early: its loss became nan. Its weights are those it began with."
+    figure, axes = kernel.plt.subplots()
+    kernel.plot_histories(axes, {"small": history}, "title", "loss")
+    kernel.plt.close(figure)
+
+
+def test_float16_may_recover_from_a_few_steps_that_are_nan(kernel):
+    losses = [1.0] + 9 * [math.nan]
+    kernel.check_losses(losses, kernel.Interrupt())
+    with pytest.raises(kernel.Stop, match="its loss became nan"):
+        kernel.check_losses([*losses, math.nan], kernel.Interrupt())
+
+
+def interrupt_at(kernel, monkeypatch, step):
+    """Press Ctrl-C in a step of training, counted from the first of a session."""
+    steps, count_step = [], kernel.Plan.count_step
+
+    def count(plan):
+        count_step(plan)
+        steps.append(1)
+        if len(steps) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(kernel.Plan, "count_step", count)
+    return steps
+
+
+def test_ctrl_c_ends_the_training_and_it_goes_on_when_begun_again(
+    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch, capsys
+):
+    usual = signal.getsignal(signal.SIGINT)
+    config = kernel.replace(tiny, epochs=4)
+    (tmp_path / "whole").mkdir()
+    _, expected = train_small(kernel, own_session, config, paths, labels, tmp_path / "whole")
+    steps = interrupt_at(kernel, monkeypatch, 8 + 8 + 3)
+    with own_session.interrupt:
+        model, history = train_small(kernel, own_session, config, paths, labels, tmp_path)
+    assert len(steps) == 19 and list(history.index) == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is usual
+    measured = measure_loss(kernel, config, model, paths, labels)
+    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
+    assert own_session.warnings[0].startswith("small ended early: it was interrupted. Its weights")
+    capsys.readouterr()
+    with own_session.interrupt:
+        _, history = train_small(kernel, own_session, config, paths, labels, tmp_path)
+    assert "small goes on after 16 steps" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(history, expected)
+
+
+def test_ctrl_c_ends_all_trainings_of_the_cell(
+    kernel, own_session, tiny, labels, sample, tmp_path, monkeypatch
+):
+    """Of two runs, the first is interrupted in its baseline."""
+    config = kernel.replace(tiny, classifier_epochs=(1, 1), folds=3, folds_to_run=(0, 1))
+    runs = kernel.list_runs(config, tmp_path)
+    folds = kernel.assign_folds(labels, 3, seed=0)
+    steps = interrupt_at(kernel, monkeypatch, 3)
+    histories = kernel.train_runs(
+        own_session,
+        runs,
+        lambda index, run: kernel.train_classifier(
+            own_session, run, labels, folds, sample / "train_images"
+        ),
+    )
+    assert len(steps) == 3 and list(histories) == [runs[0].name]
+    assert kernel.keep_trained(runs, [*runs, "earlier"], histories) == (
+        runs[:1],
+        [runs[0], "earlier"],
+    )
+    assert own_session.warnings == [
+        f"{network}-{runs[0].name} ended early: it was interrupted. Its weights are those it began "
+        "with."
+        for network in ("baseline", "classifier")
+    ] + [f"Interrupted, the session goes on without {runs[1].name}."]
+    found = kernel.predict_presence(
+        runs[0], "classifier", [sample / "train_images" / labels.index[0]]
+    )
+    assert np.isfinite(found).all()
+
+
+def test_a_second_ctrl_c_acts_as_usual(own_session):
+    with pytest.raises(KeyboardInterrupt), own_session.interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert own_session.interrupt.asked
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_progress_tells_the_time_left(kernel, monkeypatch, capsys):
@@ -350,7 +480,7 @@ def test_training_ends_when_its_time_is_over_and_keeps_its_best_weights(
     measured = measure_loss(kernel, config, model, paths, labels)
     assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
     assert "of 500 epochs are planned" in capsys.readouterr().out
-    assert not json.loads((tmp_path / "small.state" / "settings.json").read_text())["finished"]
+    assert not kernel.Files(tmp_path, "small").read()["finished"]
 
 
 def test_the_learning_rate_reaches_its_end_at_the_last_planned_step(
@@ -376,13 +506,14 @@ def test_the_learning_rate_reaches_its_end_at_the_last_planned_step(
     assert total == history["step"].iloc[-1]
 
 
-def test_prediction_ends_before_the_clock_does(kernel, paths, monkeypatch, capsys):
+def test_prediction_ends_before_the_clock_does(kernel, paths, monkeypatch):
     monkeypatch.setattr(kernel, "make_masks", lambda maps, found, decide: np.ones((350, 525, 4)))
     monkeypatch.setattr(kernel, "predict_together", lambda predictors, paths: [[0]] * len(paths))
     monkeypatch.setattr(kernel, "average_maps", lambda several: None)
-    clock = kernel.Clock(1, start=0, now=Ticks(900))
-    rles = kernel.predict_rles([], paths, np.zeros((12, 4)), None, clock)
-    assert len(rles) == 4 * 4 and "8 images get empty masks" in capsys.readouterr().out
+    session = kernel.Session(None, kernel.Clock(1, start=0, now=Ticks(900)))
+    rles = kernel.predict_rles([], paths, np.zeros((12, 4)), None, session)
+    assert len(rles) == 4 * 4
+    assert session.warnings == ["The time is over: 8 test images are predicted to be empty."]
 
 
 # Going on
@@ -409,7 +540,7 @@ class Dying(kernel.Plan):
 class DyingRecord(kernel.Record):
     def add(self, row):
         if when == "before the second state" and len(self.epochs) == 1:
-            (self.state / "ckpt-2_temp").mkdir()  # as TensorFlow does when it begins to save
+            (self.files.state / "ckpt-2_temp").mkdir()  # as TensorFlow does when it begins to save
             self.manager.save = lambda: os.kill(os.getpid(), signal.SIGKILL)
         super().add(row)
 
@@ -457,7 +588,7 @@ def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(
         networks.append(model.get_weights())
     for first, second in zip(*networks):
         np.testing.assert_array_equal(first, second)
-    assert [path.name for path in (folder / f"{name}.state").iterdir()] == ["settings.json"]
+    assert [path.name for path in (folder / f"{name}.state").iterdir()] == ["training.json"]
 
 
 def test_a_finished_training_is_not_repeated(
@@ -513,3 +644,151 @@ def test_with_training_switched_off_the_weights_are_loaded(
     for first, second in zip(model.get_weights(), other.get_weights()):
         np.testing.assert_array_equal(first, second)
     assert before == {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("part", ["state", "weights", "history"])
+def test_a_training_whose_files_are_damaged_begins_anew_and_says_why(
+    kernel, own_session, tiny, labels, paths, tmp_path, part, capsys
+):
+    """As when an attached output was not copied whole."""
+    config = kernel.replace(tiny, epochs=3)
+    own = kernel.Session(kernel.make_strategy({}), kernel.Clock(1, start=0, now=Ticks()))
+    (tmp_path / "second").mkdir()
+    arguments = kernel, own, config, paths, labels
+    train_small(*arguments, tmp_path / "second", allow=lambda seconds: 20)
+    files = {"state": "small.state/ckpt-*.data*", "weights": "*.h5", "history": "*.csv"}
+    (damaged,) = (tmp_path / "second").glob(files[part])
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    session = kernel.replace(own_session, earlier=(tmp_path / "second",))
+    (tmp_path / "third").mkdir()
+    capsys.readouterr()
+    _, history = train_small(kernel, session, config, paths, labels, tmp_path / "third")
+    assert f"small in {tmp_path / 'second'} is not gone on with: " in capsys.readouterr().out
+    assert list(history["step"]) == [8, 16, 24]
+
+
+# Killed while writing
+
+DIE = """
+import os, signal
+from pathlib import Path
+
+def die_in(place, name, number, half):
+    calls, whole = [], getattr(place, name)
+    def count(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number:
+            half(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **options)
+    setattr(place, name, count)
+
+def write_half(path, text):
+    Path(path).write_bytes(text.encode()[: len(text) // 2])
+"""
+WRITING = (
+    DIE
+    + """
+import test_training
+sample, output, when, earlier = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+labels = kernel.read_labels(sample / "train.csv")
+paths = [sample / "train_images" / name for name in labels.index]
+session = kernel.Session(kernel.make_strategy({}), kernel.Clock(1000), tuple(map(Path, earlier)))
+config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), classifier_size=(64, 96))
+config = kernel.suit(kernel.replace(config, batch_size=2, epochs=3), session.accelerator)
+if when == "in the best weights":  # the third time, in the second epoch
+    die_in(kernel.tf.keras.Model, "save_weights", 3, lambda model, path: write_half(path, "HDF"))
+elif when == "before the best weights are renamed":  # all that was written before is three files
+    die_in(os, "replace", 6, lambda *paths: None)
+elif when == "in the history":
+    die_in(Path, "write_text", 4, write_half)
+elif when == "in the state":
+    half = lambda manager: write_half(output / "small.state/ckpt-2.data-00000-of-00001", "abc")
+    die_in(kernel.tf.train.CheckpointManager, "save", 2, half)
+elif when == "while copying":
+    die_in(kernel.shutil, "copyfile", 1, lambda source, target: write_half(target, "HDF"))
+elif when == "while finishing":
+    die_in(Path, "unlink", 1, lambda path: None)
+test_training.train_small(kernel, session, config, paths, labels, output)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "in the best weights",
+        "before the best weights are renamed",
+        "in the history",
+        "in the state",
+        "while copying",
+        "while finishing",
+    ],
+)
+def test_whenever_a_training_is_killed_no_file_is_half_and_it_ends_as_if_it_had_not_been(
+    kernel, own_session, tiny, labels, paths, sample, tmp_path, when
+):
+    config = kernel.replace(tiny, epochs=3)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    expected, history = train_small(kernel, own_session, config, paths, labels, whole)
+    attached = (whole,) if when == "while copying" else ()
+    done = run_python(WRITING, sample, killed, when, *attached)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left = {path.name for path in killed.iterdir() if not path.name.startswith("part.")}
+    if when == "while copying":
+        assert left == set()
+    else:
+        assert left == {"small.weights.h5", "small.csv", "small.state"}
+        known = kernel.Files(killed, "small").read()
+        assert known["finished"] == (when == "while finishing")
+        assert kernel.find_damage(kernel.Files(killed, "small"), known["finished"]) is None
+        build_small(config).load_weights(killed / "small.weights.h5")
+        rows = kernel.read_history(killed / "small.csv").set_index("epoch")
+        assert len(rows) == {"in the state": 2, "while finishing": 3}.get(when, 1)
+        pd.testing.assert_frame_equal(rows, history.iloc[: len(rows)])
+    session = kernel.replace(own_session, earlier=attached)
+    model, again = train_small(kernel, session, config, paths, labels, killed)
+    pd.testing.assert_frame_equal(again, history)
+    for first, second in zip(model.get_weights(), expected.get_weights()):
+        np.testing.assert_array_equal(first, second)
+
+
+REPLACING = (
+    DIE
+    + """
+path, when = Path(sys.argv[1]), sys.argv[2]
+figure, axes = kernel.plt.subplots()
+if when == "in the file":
+    die_in(Path, "write_text", 1, write_half)
+    die_in(type(figure), "savefig", 1, lambda figure, path: write_half(path, "PNG"))
+elif when == "before the rename":
+    die_in(os, "replace", 1, lambda *paths: None)
+if path.suffix == ".png":
+    kernel.save_figure(figure, path)
+else:
+    kernel.write_submission({"a.jpg_Fish": "1 5"}, path.with_name("sample.csv"), path)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+
+
+@pytest.mark.parametrize("name", ["figure.png", "submission.csv"])
+@pytest.mark.parametrize("when", ["in the file", "before the rename", "after the rename"])
+def test_whenever_writing_is_killed_the_old_file_or_the_new_one_is_there(
+    kernel, tmp_path, when, name
+):
+    rows = "".join(f"a.jpg_{name},\n" for name in kernel.CLASSES)
+    (tmp_path / "sample.csv").write_text("Image_Label,EncodedPixels\n" + rows)
+    path = tmp_path / name
+    path.write_text("old")
+    done = run_python(REPLACING, path, when)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    if when != "after the rename":
+        assert path.read_text() == "old"
+    elif name == "figure.png":
+        assert kernel.plt.imread(path).ndim == 3
+    else:
+        table = kernel.check_submission(path, tmp_path / "sample.csv")
+        assert table["EncodedPixels"].tolist() == ["1 5", "", "", ""]

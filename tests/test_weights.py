@@ -71,9 +71,12 @@ def test_without_any_the_three_ways_are_named(kernel, preset, tmp_path, offline)
 
 
 def test_other_weights_are_not_looked_for(kernel, config, tmp_path, offline):
-    for weights in (None, "my.h5"):
+    mine = touch(tmp_path / "mine.h5")
+    for weights in (None, mine):
         own = kernel.replace(config, encoder_weights=weights)
         assert kernel.find_weights(own, tmp_path, tmp_path) == weights
+    with pytest.raises(FileNotFoundError, match="encoder_weights: there is no file no.h5."):
+        kernel.find_weights(kernel.replace(config, encoder_weights="no.h5"), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="efficientnet-1.0-1.2 has no ImageNet weights"):
         kernel.find_weights(kernel.replace(config, encoder=(1.0, 1.2)), tmp_path, tmp_path)
     assert offline == []

@@ -1,0 +1,535 @@
+"""What can be wrong with the input, and with the folder that is written to.
+
+The faults are made in a copy of the sample, on which the notebook's cells are then run up to the
+training, as a user runs them.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, is_definition
+from PIL import Image
+
+CELLS = (ROOT / "kernel.py").read_text()
+
+
+def run_cells(kernel, until):
+    """Run the notebook's cells before a heading, its definitions aside; returns its variables."""
+    last = CELLS[: CELLS.index(f"# ## {until}\n")].count("\n")
+    variables = dict(vars(kernel))
+    for node in ast.parse(CELLS).body:
+        if node.lineno < last and not is_definition(node):
+            exec(compile(ast.Module([node], []), "kernel.py", "exec"), variables)
+    return variables
+
+
+@pytest.fixture
+def source(sample, tmp_path):
+    """A copy of the sample, to be damaged."""
+    return Path(shutil.copytree(sample, tmp_path / "input"))
+
+
+@pytest.fixture
+def begin(kernel, source, tmp_path, monkeypatch):
+    """A function that runs the notebook's first cells, with an output folder of earlier files."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in ("submission.csv", "results.json", "unet.weights.h5", "history.png"):
+        (output / name).write_text("earlier")
+    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": output, "CLOUDS_EARLIER": ""}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+    def run(until="Look at the images", **overrides):
+        monkeypatch.setenv("CLOUDS_OVERRIDES", json.dumps(overrides))
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+        try:
+            return run_cells(kernel, until)
+        finally:
+            (output / "lock").unlink(missing_ok=True)
+            assert before == {
+                path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()
+            }
+
+    return run
+
+
+def change(path, old, new, count=1):
+    """Replace bytes of a file."""
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new, count))
+
+
+FIRST = (ROOT / "tests" / "sample" / "train.csv").read_text().splitlines()[1].partition(",")[0]
+IMAGE = FIRST.rpartition("_")[0]
+SHORT = f"{FIRST},1 2"
+
+
+def set_first(row):
+    """A fault: another first row of train.csv."""
+
+    def fault(source):
+        path = source / "train.csv"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], row, *lines[2:]]) + "\n")
+
+    return fault
+
+
+REFUSED = {
+    "no data": (
+        lambda source: shutil.rmtree(source),
+        FileNotFoundError,
+        "The competition's data was not found: SOURCE has no train.csv, train_images, "
+        "sample_submission.csv, test_images. On Kaggle, choose 'Add Input', search for the",
+    ),
+    "train.csv missing": (
+        lambda source: (source / "train.csv").unlink(),
+        FileNotFoundError,
+        "The competition's data was not found: SOURCE has no train.csv. On Kaggle, choose",
+    ),
+    "train_images missing": (
+        lambda source: shutil.rmtree(source / "train_images"),
+        FileNotFoundError,
+        "The competition's data was not found: SOURCE has no train_images. On Kaggle, choose",
+    ),
+    "train.csv empty": (
+        lambda source: (source / "train.csv").write_text(""),
+        ValueError,
+        "SOURCE/train.csv: the columns are missing, as the file is empty; expected: Image_Label, "
+        "EncodedPixels.",
+    ),
+    "no rows": (
+        lambda source: (source / "train.csv").write_text("Image_Label,EncodedPixels\n"),
+        ValueError,
+        "SOURCE/train.csv has no rows below its columns.",
+    ),
+    "cut off": (
+        lambda source: os.truncate(source / "train.csv", 5000),
+        ValueError,
+        "SOURCE/train.csv is cut off: its last line has no end.",
+    ),
+    "other columns": (
+        lambda source: change(source / "train.csv", b"EncodedPixels", b"rle"),
+        ValueError,
+        "SOURCE/train.csv: the columns are Image_Label, rle; expected: Image_Label, EncodedPixels.",
+    ),
+    "not text": (
+        lambda source: change(source / "train.csv", b"_Fish", b"_\xff"),
+        ValueError,
+        "SOURCE/train.csv, below line 0: 'utf-8' codec can't decode byte 0xff in position",
+    ),
+    "open quote": (
+        lambda source: change(source / "train.csv", FIRST.encode(), b'"' + FIRST.encode()),
+        ValueError,
+        "SOURCE/train.csv, below line 49: unexpected end of data.",
+    ),
+    "three cells": (
+        set_first(f"{FIRST},1,2"),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {FIRST}: there are 3 cells, not 2.",
+    ),
+    "one cell": (
+        set_first(FIRST),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {FIRST}: there are 1 cells, not 2.",
+    ),
+    "label twice": (
+        lambda source: change(source / "train.csv", b"_Flower", b"_Fish"),
+        ValueError,
+        f"SOURCE/train.csv, line 3, {FIRST}: the label is there twice.",
+    ),
+    "class lacks": (
+        lambda source: set_first("")(source),
+        ValueError,
+        f"SOURCE/train.csv: there is no row {FIRST}.",
+    ),
+    "unknown class": (
+        set_first(f"{IMAGE}_Salt,"),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {IMAGE}_Salt: the class is 'Salt', not one of Fish, Flower, "
+        "Gravel, Sugar.",
+    ),
+    "image without file": (
+        lambda source: change(source / "train.csv", IMAGE.encode(), b"other.jpg", 4),
+        FileNotFoundError,
+        "SOURCE/train_images: 1 of 12 images are missing or empty: other.jpg",
+    ),
+    "image in another folder": (
+        set_first("../../secret.jpg_Fish,"),
+        ValueError,
+        "SOURCE/train.csv, line 2, ../../secret.jpg_Fish: the image is '../../secret.jpg', not the "
+        "name of a file in the images' folder.",
+    ),
+    "image in an absolute folder": (
+        set_first("/etc/passwd_Fish,"),
+        ValueError,
+        "SOURCE/train.csv, line 2, /etc/passwd_Fish: the image is '/etc/passwd', not the name of",
+    ),
+    "the folder itself": (
+        set_first(".._Fish,"),
+        ValueError,
+        "SOURCE/train.csv, line 2, .._Fish: the image is '..', not the name of a file",
+    ),
+    "training image missing": (
+        lambda source: (source / "train_images" / IMAGE).unlink(),
+        FileNotFoundError,
+        f"SOURCE/train_images: 1 of 12 images are missing or empty: {IMAGE}",
+    ),
+    "training image empty": (
+        lambda source: (source / "train_images" / IMAGE).write_bytes(b""),
+        FileNotFoundError,
+        f"SOURCE/train_images: 1 of 12 images are missing or empty: {IMAGE}",
+    ),
+    "test image empty": (
+        lambda source: next((source / "test_images").iterdir()).write_bytes(b""),
+        FileNotFoundError,
+        "SOURCE/test_images: 1 of 4 images are missing or empty:",
+    ),
+    "sample_submission.csv missing": (
+        lambda source: (source / "sample_submission.csv").unlink(),
+        FileNotFoundError,
+        "The competition's data was not found: SOURCE has no sample_submission.csv. On Kaggle",
+    ),
+    "sample_submission.csv empty": (
+        lambda source: (source / "sample_submission.csv").write_text(""),
+        ValueError,
+        "SOURCE/sample_submission.csv: the columns are missing, as the file is empty; expected",
+    ),
+    "test images without files": (
+        lambda source: [path.unlink() for path in (source / "test_images").iterdir()],
+        FileNotFoundError,
+        "SOURCE/test_images: 4 of 4 images are missing or empty:",
+    ),
+    "too many broken": (
+        lambda source: (source / "train_images" / IMAGE).write_text("text"),
+        ValueError,
+        "More than 1.0% of the training images (broken_share in Config) cannot be used. 1 of 12 "
+        f"images are broken: SOURCE/train_images/{IMAGE} is not an image, or is cut off.",
+    ),
+    "no test image left": (
+        lambda source: [path.write_text("text") for path in (source / "test_images").iterdir()],
+        ValueError,
+        "SOURCE/test_images: there is no image to predict.",
+    ),
+}
+RUNS = {
+    "1 2 3": "the run '3' has no length",
+    "1 two": "'two' is not a whole number",
+    "1 2.0": "'2.0' is not a whole number",
+    "1e3 2": "'1e3' is not a whole number",
+    "-1 2": "'-1' is not a whole number",
+    "01 2": "'01' is not a whole number",
+    "1  2": "'' is not a whole number",
+    "nan": "'nan' is not a whole number",
+    "0 2": "the run '0 2' is not in the pixels 1 to 2940000, of one pixel or more, with a gap",
+    "5 0": "the run '5 0' is not",
+    "2940000 2": "the run '2940000 2' is not",
+    "5 9 7 9": "the run '7 9' is not",
+    "1 2 3 4": "the run '3 4' is not",
+    "9 2 1 2": "the run '1 2' is not",
+}
+for rle, text in RUNS.items():
+    message = f"SOURCE/train.csv, line 2, {FIRST}: {text}"
+    REFUSED[f"mask {rle}"] = set_first(f"{FIRST},{rle}"), ValueError, message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_shows_without_training_is_refused_and_nothing_is_lost(name, source, begin):
+    fault, kind, message = REFUSED[name]
+    fault(source)
+    with pytest.raises(kind) as error:
+        begin()
+    shown = str(error.value).replace(str(source), "SOURCE")
+    print(f"{name}: {kind.__name__}: {shown}")
+    assert shown.startswith(message)
+
+
+def test_without_data_on_kaggle_all_places_are_named(kernel, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.csv").touch()
+    competition = "understanding_cloud_organization"
+    with pytest.raises(FileNotFoundError) as error:
+        kernel.find_input(None, {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, tmp_path)
+    for place in (f"competitions/{competition}", competition):
+        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
+    assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
+
+
+def add_mark(source):
+    """A byte-order mark, as some editors write it."""
+    change(source / "train.csv", b"Image_Label", b"\xef\xbb\xbfImage_Label")
+
+
+def turn_line_ends(source):
+    """Windows line ends."""
+    change(source / "train.csv", b"\n", b"\r\n", -1)
+
+
+def leave_line_blank(source):
+    """A blank line at the end."""
+    path = source / "train.csv"
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+@pytest.mark.parametrize("harmless", [add_mark, turn_line_ends, leave_line_blank])
+def test_other_ways_to_write_a_table_are_read(kernel, labels, source, begin, harmless):
+    harmless(source)
+    assert begin()["labels"].equals(labels)
+
+
+def test_other_files_are_not_used_but_told(source, begin):
+    for folder in ("train_images", "test_images"):
+        shutil.copy(source / "train_images" / IMAGE, source / folder / "other.jpg")
+    (source / "test_images" / "Thumbs.db").write_text("text")
+    session = begin()["session"]
+    assert session.warnings == [
+        f"{source}/train_images has 1 more files, which no row names; they are not used.",
+        f"{source}/test_images has 2 more files, which no row names; they are not used.",
+    ]
+
+
+def test_the_submission_follows_the_order_of_the_sample(kernel, source, begin, tmp_path):
+    path = source / "sample_submission.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    names = begin()["test_names"]
+    rles = {f"{name}_Fish": "1 5" for name in names}
+    kernel.write_submission(rles, path, tmp_path / "written.csv")
+    written = kernel.check_submission(tmp_path / "written.csv", path)
+    assert written["Image_Label"].tolist() == [row.split(",")[0] for row in rows[::-1]]
+    assert (written["EncodedPixels"] == "1 5").equals(written["class"] == "Fish")
+
+
+# Images
+
+
+def save(path, image, kind="JPEG", **options):
+    """Write an image in place of another."""
+    image.save(path, kind, **options)
+
+
+def rotated(image):
+    """An image's EXIF data that ask for it to be shown rotated."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {"exif": exif}
+
+
+BROKEN = {
+    "cut off": (lambda path, image: os.truncate(path, path.stat().st_size // 2), "or is cut off."),
+    "end cut off": (
+        lambda path, image: os.truncate(path, path.stat().st_size - 2),
+        "or is cut off.",
+    ),
+    "text": (lambda path, image: path.write_text("text"), "is not an image, or is cut off."),
+    "half size": (
+        lambda path, image: save(path, image.resize((1050, 700))),
+        r"has about 704 x 1056 pixels, not \(1400, 2100\).",
+    ),
+    "upright": (
+        lambda path, image: save(path, image.transpose(Image.Transpose.ROTATE_90)),
+        r"has about 2104 x 1400 pixels, not \(1400, 2100\).",
+    ),
+    "too large to decode": (
+        lambda path, image: change(
+            path, (1400).to_bytes(2, "big") + (2100).to_bytes(2, "big"), b"\xff\xf0\xff\xf0"
+        ),
+        "cannot be read|is not an image|has about",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_images_are_left_out_and_told(kernel, source, begin, name):
+    damage, message = BROKEN[name]
+    test_image = sorted((source / "test_images").iterdir())[1]
+    for path in (source / "train_images" / IMAGE, test_image):
+        with Image.open(path) as image:
+            image.load()
+        damage(path, image)
+    found = begin(broken_share=0.1)
+    assert IMAGE not in found["labels"].index and len(found["folds"]) == len(found["labels"]) == 11
+    assert test_image not in found["test_paths"] and len(found["test_paths"]) == 3
+    first, second = found["session"].warnings
+    print(first)
+    assert re.match(f"Left out: 1 of 12 images are broken: .*{IMAGE} .*({message})", first)
+    assert re.match(f"Predicted to be empty: 1 of 4 .*{test_image.name} .*({message})", second)
+
+
+UNUSUAL = {
+    "PNG": lambda path, image: save(path, image, "PNG"),
+    "grey": lambda path, image: save(path, image.convert("L"), quality=95),
+    "CMYK": lambda path, image: save(path, image.convert("CMYK"), quality=95),
+    "rotated by EXIF": lambda path, image: save(path, image, quality=95, **rotated(image)),
+    "progressive": lambda path, image: save(path, image, quality=95, progressive=True),
+    "with more behind it": lambda path, image: path.write_bytes(path.read_bytes() + b"\0" * 99),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_are_read_as_they_are_stored(kernel, source, begin, name):
+    """The masks count the pixels as they are stored, whatever EXIF says of their display."""
+    path = source / "train_images" / IMAGE
+    with Image.open(path) as image:
+        image.load()
+    UNUSUAL[name](path, image)
+    found = begin()
+    assert len(found["labels"]) == 12 and not found["session"].warnings
+    expected = np.asarray(image.convert("L").convert("RGB") if name == "grey" else image, int)
+    small = cv2.resize(expected.astype(np.uint8), (525, 350), interpolation=cv2.INTER_AREA)
+    for size, reference in (((1400, 2100), expected), ((350, 525), small.astype(int))):
+        assert np.abs(kernel.read_image(path, size) - reference).mean() < 5
+
+
+def test_too_few_images_for_the_folds_are_refused(begin):
+    with pytest.raises(ValueError, match="7 folds need 14 images, two for each; 12 are there."):
+        begin(folds=7)
+
+
+# The output folder
+
+
+def test_output_that_cannot_be_written_is_refused(kernel, tmp_path):
+    (tmp_path / "file").write_text("text")
+    for folder in (tmp_path / "file", tmp_path / "file" / "output", Path("/proc/output")):
+        message = f"output folder {folder} cannot be used: .* Set CLOUDS_OUTPUT, or output_folder"
+        with pytest.raises(OSError, match=message):
+            kernel.make_output(folder, {})
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_two_runs_at_a_time_do_not_write_to_one_folder(kernel, tmp_path):
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(OSError, match="another run, which has not ended, writes to it"):
+            kernel.make_output(tmp_path, {})
+        other.kill()  # a killed run leaves no lock behind
+    assert kernel.make_output(tmp_path, {}) == tmp_path
+    assert kernel.make_output(tmp_path, {}) == tmp_path  # a cell may be run again
+
+
+def test_too_little_disk_is_refused(kernel, tiny, tmp_path, monkeypatch):
+    runs = kernel.list_runs(kernel.replace(tiny, folds_to_run=(0, 1)), tmp_path)
+    sizes = [kernel.build_network(tiny, name).count_params() for name in ("classifier", "unet")]
+    needed = 16 * (2 * (2 * sizes[0] + sizes[1]) + sizes[1])
+    for free, enough in ((needed, True), (needed - 1, False)):
+        usage = shutil._ntuple_diskusage(10**9, 0, free)
+        monkeypatch.setattr(kernel.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        if enough:
+            kernel.check_disk(runs, tmp_path)
+        else:
+            with pytest.raises(OSError, match=f"may write 0.2 GiB to {tmp_path}, where 0.2 are"):
+                kernel.check_disk(runs, tmp_path)
+
+
+# Weights
+
+
+@pytest.fixture(scope="module")
+def encoder_weights(kernel, tiny, tmp_path_factory):
+    """The path of an encoder's weights, and these."""
+    encoder = kernel.build_classifier(tiny).get_layer(index=2)
+    path = tmp_path_factory.mktemp("weights") / "encoder.h5"
+    encoder.save_weights(path)
+    return path, encoder.get_weights()
+
+
+SMALL = {"image_size": [64, 96], "classifier_size": [64, 96]}
+
+
+def test_initial_weights_of_another_encoder_are_refused_before_training(
+    kernel, tiny, begin, encoder_weights, tmp_path
+):
+    path, values = encoder_weights
+    same = kernel.build_classifier(kernel.replace(tiny, encoder_weights=str(path)))
+    for first, second in zip(same.get_layer(index=2).get_weights(), values):
+        np.testing.assert_array_equal(first, second)
+    half = tmp_path / "half.h5"
+    half.write_bytes(path.read_bytes()[:9999])
+    for weights, encoder in ((path, [0.5, 0.6]), (path, [0.7, 0.3]), (half, [0.5, 0.3])):
+        with pytest.raises(ValueError, match=f"{weights} does not hold the encoder's weights: "):
+            begin("Measure and optimise", encoder=encoder, encoder_weights=str(weights), **SMALL)
+    with pytest.raises(FileNotFoundError, match="encoder_weights: there is no file nowhere.h5"):
+        begin(encoder_weights="nowhere.h5")
+    with pytest.raises(ValueError, match="efficientnet-1.0-1.2 has no ImageNet weights; set enc"):
+        begin(encoder_weights="imagenet", encoder=[1.0, 1.2])
+
+
+def test_weights_of_an_earlier_session_are_checked(kernel, tiny, tmp_path):
+    (run,) = kernel.list_runs(kernel.replace(tiny, folds_to_run=()), tmp_path)
+    for network in kernel.NETWORKS:
+        kernel.build_network(tiny, network).save_weights(run.files(network).weights)
+    kernel.check_weights(run, kernel.NETWORKS)
+    other = kernel.replace(run, config=kernel.replace(run.config, encoder=(0.6, 0.3)))
+    shutil.copy(run.files("unet").weights, other.files("unet").weights)
+    message = f"{other.files('unet').weights} does not hold the weights of a unet with efficient"
+    with pytest.raises(ValueError, match=message):
+        kernel.check_weights(other, ["unet"])
+    os.truncate(run.files("classifier").weights, 9999)
+    message = f"{run.files('classifier').weights} cannot be read as HDF5"
+    with pytest.raises(ValueError, match=message):
+        kernel.check_weights(run, kernel.NETWORKS)
+
+
+def test_nothing_is_unpickled():
+    """A pickle may run code; the notebook names no module or function that reads one."""
+    tree = ast.parse(CELLS)
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.name for alias in node.names} | {getattr(node, "module", "")}
+    assert len(names) > 500
+    assert not names & {"pickle", "joblib", "dill", "shelve", "marshal", "read_pickle", "eval", "exec"}
+    assert not names & {"load_model", "allow_pickle", "frompickle", "Unpickler"}
+    loads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    loads = {name for name in loads if name.rpartition(".")[2] in ("load", "loads")}
+    assert loads == {"json.loads"}
+
+
+# The whole
+
+
+def test_a_run_with_many_faults_ends_with_a_submission_and_tells_them(kernel, source, tmp_path):
+    """The notebook as a script, on what can be borne."""
+    turn_line_ends(source)
+    add_mark(source)
+    os.truncate(source / "train_images" / IMAGE, 9999)
+    broken = sorted((source / "test_images").iterdir())[0]
+    broken.write_text("text")
+    shutil.copy(source / "train_images" / IMAGE, source / "test_images" / "other.jpg")
+    sizes = {"image_size": [64, 96], "classifier_size": [64, 96], "folds_to_run": [0]}
+    overrides = {**sizes, "epochs": 1, "classifier_epochs": [1, 1], "broken_share": 0.1}
+    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": tmp_path / "output", "MPLBACKEND": "Agg"}
+    variables |= {"CLOUDS_OVERRIDES": json.dumps(overrides), "CLOUDS_PRESET": "SAMPLE"}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    command = [sys.executable, str(ROOT / "kernel.py")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = kernel.check_submission(
+        tmp_path / "output" / "submission.csv", source / "sample_submission.csv"
+    )
+    assert (table.loc[table["image"] == broken.name, "EncodedPixels"] == "").all()
+    assert (table["EncodedPixels"] != "").any()
+    warnings = json.loads((tmp_path / "output" / "results.json").read_text())["warnings"]
+    report = done.stdout.partition("\nWarnings:\n")[2].splitlines()
+    assert report[: len(warnings)] == warnings and len(warnings) == 3
+    for warning, part in zip(warnings, ("1 more files", IMAGE, broken.name)):
+        assert part in warning and f"Warning: {warning}\n" in done.stdout
