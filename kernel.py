@@ -688,13 +688,14 @@ class Session:
     clock: Clock
     earlier: tuple = ()  # folders of earlier sessions, whose trainings may be gone on with
     interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
-    warnings: list = dataclasses.field(default_factory=list)  # for the report
+    warnings: dict = dataclasses.field(default_factory=dict)  # by what they are about
 
-    def warn(self, text):
-        """Say something that the report will say again."""
-        print("Warning:", text)
-        if text not in self.warnings:  # as if a cell is run again
-            self.warnings.append(text)
+    def warn(self, about, text):
+        """Say something that the report will say again, or with None take it back."""
+        self.warnings.pop(about, None)
+        if text is not None:
+            print("Warning:", text)
+            self.warnings[about] = text
 
     def allow(self, share, reserve, predictions, seconds):
         """The seconds that a training may take: a share of what is left of the session.
@@ -808,7 +809,7 @@ def read_lines(path):
     if it is not CSV in UTF-8, or if its last line has no end.
     """
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 1))
+        file.seek(max(0, os.path.getsize(path) - 1))
         last = file.read()
     if last not in (b"", b"\n", b"\r"):
         raise ValueError(f"{path} is cut off: its last line has no end.")
@@ -896,8 +897,9 @@ labels = read_labels(train_path)
 test_names = read_labels(sample_path, SUBMISSION_SIZE).index
 print(f"{labels.size:,} rows, {len(labels):,} images, {len(test_names):,} test images")
 for folder, names in (train_folder, labels.index), (test_folder, test_names):
-    if others := check_images(folder, names):
-        session.warn(f"{folder} has {others} more files, which no row names; they are not used.")
+    others = check_images(folder, names)
+    text = f"{folder} has {others} more files, which no row names; they are not used."
+    session.warn(f"files in {folder}", text if others else None)
 
 
 # %%
@@ -997,10 +999,10 @@ def find_faults(folder, names, threads):
 
 
 # %%
-def describe_faults(faults, count):
-    """A sentence on what is wrong with some of `count` images."""
+def describe_faults(faults, count, name):
+    """What is wrong with some of `count` images, which a name tells of; None if nothing is."""
     few = list(faults.values())[:5] + ["..."] * (len(faults) > 5)
-    return f"{len(faults)} of {count} images are broken: {' '.join(few)}"
+    return f"{len(faults)} of {count} {name}: {' '.join(few)}" if faults else None
 
 
 def leave_out(labels, faults, share):
@@ -1009,8 +1011,8 @@ def leave_out(labels, faults, share):
     Raises ValueError if they are more than a share of all.
     """
     if len(faults) > share * len(labels):
-        allowed = f"More than {share:.1%} of the training images (broken_share in Config)"
-        raise ValueError(f"{allowed} cannot be used. {describe_faults(faults, len(labels))}")
+        found = describe_faults(faults, len(labels), "training images are broken")
+        raise ValueError(f"More than {share:.1%} (broken_share in Config): {found}")
     return labels.drop(index=list(faults))
 
 
@@ -1034,13 +1036,13 @@ def assign_folds(labels, folds, seed):
 
 # %%
 faults = find_faults(train_folder, labels.index, config.threads)
+count, labels = len(labels), leave_out(labels, faults, config.broken_share)
+text = describe_faults(faults, count, "training images are broken and left out")
+session.warn("broken training images", text)
 test_faults = find_faults(test_folder, test_names, config.threads)
-if faults:
-    labels = leave_out(labels, faults, config.broken_share)
-    session.warn(f"Left out: {describe_faults(faults, len(labels) + len(faults))}")
+text = describe_faults(test_faults, len(test_names), "test images are broken and get empty masks")
+session.warn("broken test images", text)
 test_paths = [test_folder / name for name in test_names if name not in test_faults]
-if test_faults:
-    session.warn(f"Predicted to be empty: {describe_faults(test_faults, len(test_names))}")
 if not test_paths:
     raise ValueError(f"{test_folder}: there is no image to predict.")
 folds = assign_folds(labels, config.folds, config.seed)
@@ -1086,8 +1088,6 @@ balance
 MEASURES = ("images", "baseline accuracy", "accuracy", "average precision", "Dice", "gated Dice")
 NETWORKS = ("classifier", "unet")  # whose weights an earlier run has to bring
 TITLE = "Understanding clouds with EfficientUNet"  # by which results.json is known as ours
-
-
 ENCODERS = {  # depth coefficient and size of the images on ImageNet
     "efficientnetb0": (1.0, 224),
     "efficientnetb1": (1.1, 240),
@@ -2516,9 +2516,9 @@ def train(session, config, model, loss, parts, epochs, files, allow):
             if stop.final:
                 finish_training(files, settings, str(stop))
     history = read_history(files.history).set_index("epoch")
-    if record.stopped:
-        best = f"of epoch {history['val_loss'].idxmin():.3g}" if len(history) else "it began with"
-        session.warn(f"{files.name} ended early: {record.stopped}. Its weights are those {best}.")
+    best = f"of epoch {history['val_loss'].idxmin():.3g}" if len(history) else "it began with"
+    text = f"{files.name} ended early: {record.stopped}. Its weights are those {best}."
+    session.warn(files.name, text if record.stopped else None)
     model.load_weights(files.weights)
     return history
 
@@ -2535,8 +2535,9 @@ def train_runs(session, runs, train_one):
         for index, run in enumerate(runs):
             if not session.interrupt.asked:
                 histories[run.name] = train_one(index, run)
-    if left_out := [run.name for run in runs if run.name not in histories]:
-        session.warn(f"Interrupted, the session goes on without {', '.join(left_out)}.")
+    for run in runs:
+        text = f"Interrupted, the session goes on without {run.name}."
+        session.warn(run.name, None if run.name in histories else text)
     return histories
 
 
@@ -3501,7 +3502,8 @@ def predict_rles(predictors, paths, presence, decide, session):
         progress.advance()
         if session.clock.left() < LEAST_TIME and progress.done < len(paths):
             left = len(paths) - progress.done
-            session.warn(f"The time is over: {left} test images are predicted to be empty.")
+            text = f"The time is over: {left} test images are predicted to be empty."
+            session.warn("test images", text)
             break
     return rles
 
@@ -3636,13 +3638,13 @@ results = {
     "predicted by": [f"{run.name} in {run.folder}" for run in members],
     "decided by": way,
     "validation Dice": comparison[[*CLASSES, "mean"]].to_dict(orient="index"),
-    "warnings": session.warnings,
+    "warnings": list(session.warnings.values()),
 }
 write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
 print("The test images were predicted by", ", ".join(results["predicted by"]))
 print(f"and decided by: {way}. Dice of the validation images:")
 print(comparison["mean"].round(4).to_dict())
-print("\n".join(["Warnings:", *session.warnings]) if session.warnings else "No warnings.")
+print("\n".join(["Warnings:", *results["warnings"]]) if session.warnings else "No warnings.")
 print(f"In {output}:", ", ".join(sorted(path.name for path in output.iterdir())))
 
 # %% [markdown]

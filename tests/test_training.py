@@ -129,7 +129,7 @@ def test_a_loss_that_becomes_nan_ends_the_training_with_its_best_weights(
     assert all(np.isfinite(weights).all() for weights in model.get_weights())
     measured = measure_loss(kernel, config, model, paths, labels)
     assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    (warning,) = own_session.warnings
+    (warning,) = own_session.warnings.values()
     best = int(history["val_loss"].idxmin())
     assert warning == (
         f"small ended early: its validation loss became nan. Its weights are those of epoch {best}."
@@ -138,7 +138,7 @@ def test_a_loss_that_becomes_nan_ends_the_training_with_its_best_weights(
     monkeypatch.setattr(kernel, "make_step", None)
     own_session.warnings.clear()
     train_small(kernel, own_session, config, paths, labels, tmp_path, loss=loss)
-    assert own_session.warnings == [warning]
+    assert list(own_session.warnings.values()) == [warning]
 
 
 def test_a_loss_that_is_nan_from_the_start_leaves_the_weights_as_they_were(
@@ -153,7 +153,7 @@ def test_a_loss_that_is_nan_from_the_start_leaves_the_weights_as_they_were(
     tf.keras.utils.set_random_seed(tiny.seed)
     for first, second in zip(model.get_weights(), build_small(tiny).get_weights()):
         np.testing.assert_array_equal(first, second)
-    (warning,) = own_session.warnings
+    (warning,) = own_session.warnings.values()
     assert warning == "small ended early: its loss became nan. Its weights are those it began with."
     figure, axes = kernel.plt.subplots()
     kernel.plot_histories(axes, {"small": history}, "title", "loss")
@@ -195,12 +195,13 @@ def test_ctrl_c_ends_the_training_and_it_goes_on_when_begun_again(
     assert signal.getsignal(signal.SIGINT) is usual
     measured = measure_loss(kernel, config, model, paths, labels)
     assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    assert own_session.warnings[0].startswith("small ended early: it was interrupted. Its weights")
+    assert own_session.warnings["small"].startswith("small ended early: it was interrupted. Its ")
     capsys.readouterr()
     with own_session.interrupt:
         _, history = train_small(kernel, own_session, config, paths, labels, tmp_path)
     assert "small goes on after 16 steps" in capsys.readouterr().out
     pd.testing.assert_frame_equal(history, expected)
+    assert not own_session.warnings  # taken back
 
 
 def test_ctrl_c_ends_all_trainings_of_the_cell(
@@ -223,7 +224,7 @@ def test_ctrl_c_ends_all_trainings_of_the_cell(
         runs[:1],
         [runs[0], "earlier"],
     )
-    assert own_session.warnings == [
+    assert list(own_session.warnings.values()) == [
         f"{network}-{runs[0].name} ended early: it was interrupted. Its weights are those it began "
         "with."
         for network in ("baseline", "classifier")
@@ -513,7 +514,8 @@ def test_prediction_ends_before_the_clock_does(kernel, paths, monkeypatch):
     session = kernel.Session(None, kernel.Clock(1, start=0, now=Ticks(900)))
     rles = kernel.predict_rles([], paths, np.zeros((12, 4)), None, session)
     assert len(rles) == 4 * 4
-    assert session.warnings == ["The time is over: 8 test images are predicted to be empty."]
+    warning = "The time is over: 8 test images are predicted to be empty."
+    assert list(session.warnings.values()) == [warning]
 
 
 # Going on
