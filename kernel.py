@@ -284,15 +284,20 @@ def either(*rules):
     return lambda value: any(check(value) for check in checks), "; or ".join(texts)
 
 
+# %%
 def size_in(step):
-    """The rule of a size up to ORIGINAL_SIZE in multiples of `step`."""
+    """The rule of a size up to ORIGINAL_SIZE in multiples of `step`, no higher than wide."""
     most = tuple(length // step * step for length in ORIGINAL_SIZE)
     allowed, _ = list_of(number(32, max(most), (int,)), 2)
 
     def check(size):
-        return allowed(size) and all(a % step == 0 and a <= b for a, b in zip(size, most))
+        fits = allowed(size) and all(a % step == 0 and a <= b for a, b in zip(size, most))
+        return fits and size[0] <= size[1]
 
-    return check, f"(height, width) from (32, 32) to {most} in multiples of {step}"
+    expected = (
+        f"(height, width) from (32, 32) to {most} in multiples of {step}, no higher than wide"
+    )
+    return check, expected
 
 
 # %%
@@ -441,12 +446,16 @@ def choose_config(preset=None, overrides=None, environment=os.environ):
     name = environment.get("CLOUDS_PRESET") or preset or default
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}, only {', '.join(PRESETS)}.")
+    if not isinstance(overrides, dict | None):
+        raise ValueError(f"overrides is {overrides!r}, it has to be like {{'fold': 1}}.")
     text, fields = environment.get("CLOUDS_OVERRIDES") or "{}", dict(overrides or {})
     try:
         fields |= json.loads(text)
     except (TypeError, ValueError) as error:
-        expected = 'an object in JSON, like {"fold": 1}'
-        raise ValueError(f"CLOUDS_OVERRIDES is {text}, not {expected} ({error}).") from None
+        expected = 'JSON like {"fold": 1}'
+        raise ValueError(
+            f"CLOUDS_OVERRIDES is {text}, it has to be {expected} ({error})."
+        ) from None
     allowed = [field.name for field in dataclasses.fields(Config)]
     if unknown := sorted(fields.keys() - set(allowed)):
         raise ValueError(f"Config has no field {', '.join(unknown)}, only {', '.join(allowed)}.")
@@ -466,7 +475,7 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
     """
     competition = "understanding_cloud_organization"
     if chosen := environment.get("CLOUDS_INPUT") or chosen:
-        places = [Path(chosen)]
+        places = [Path(chosen).expanduser()]
     else:
         places = [mount / "competitions" / competition, mount / competition]
         places += sorted(path.parent for path in mount.rglob("train.csv"))
@@ -493,7 +502,7 @@ def make_output(chosen=None, environment=os.environ):
     Raises OSError if it cannot be written, or if another run writes to it.
     """
     default = "/kaggle/working" if on_kaggle(environment) else "output"
-    folder = Path(environment.get("CLOUDS_OUTPUT") or chosen or default)
+    folder = Path(environment.get("CLOUDS_OUTPUT") or chosen or default).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder.resolve())
@@ -632,8 +641,15 @@ def make_strategy(environment=os.environ):
     return Accelerator(tf.distribute.get_strategy(), "CPU", "float32", free_memory(), 11.75)
 
 
-def suit(config, accelerator):
-    """The configuration with what it leaves to the accelerator filled in."""
+# %%
+def suit(config, accelerator, environment=os.environ):
+    """The configuration with what it leaves to the accelerator filled in.
+
+    Raises ValueError if it wants more hours than Kaggle grants.
+    """
+    if on_kaggle(environment) and (config.hours or 0) > accelerator.hours:
+        granted = f"with this accelerator Kaggle grants {accelerator.hours}"
+        raise ValueError(f"Config: hours is {config.hours}, {granted}, start and end aside.")
     return replace(
         config,
         precision=config.precision or accelerator.precision,
@@ -1294,7 +1310,8 @@ def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input"
     """
     if listed := environment.get("CLOUDS_EARLIER"):
         chosen = listed.split(os.pathsep)
-    paths = [Path(folder) / "results.json" for folder in chosen or ()]
+    folders = [chosen] if isinstance(chosen, str | Path) else chosen or ()
+    paths = [Path(folder).expanduser() / "results.json" for folder in folders]
     if chosen is None:  # datasets and notebooks are mounted as */ or as datasets/owner/*/
         paths = sorted([*mount.glob("*/results.json"), *mount.glob("*/*/*/results.json")])
     if lacking := [str(path) for path in paths if not path.is_file()]:
@@ -1990,11 +2007,11 @@ def read_shapes(path):
     return tuple(sorted(shape for shape in parts if shape is not None))  # groups have none
 
 
-def check_weights(run, networks):
-    """Raise ValueError, which names the file, unless a run's weights are those of its networks."""
-    for network in networks:
+def check_weights(run):
+    """Raise ValueError, which names the file, if a run's weights are not those of its networks."""
+    for network in ("baseline", *NETWORKS):
         path = run.files(network).weights
-        if read_shapes(path) != find_footprint(run.config, network).shapes:
+        if path.is_file() and read_shapes(path) != find_footprint(run.config, network).shapes:
             encoder = name_encoder(run.config.encoder)
             raise ValueError(f"{path} does not hold the weights of a {network} with {encoder}.")
 
@@ -2002,12 +2019,12 @@ def check_weights(run, networks):
 # %%
 members = [fit_run(run, config, accelerator) for run in members]
 runs = members[: len(runs)]  # ours lead the members
-for run in members[0 if not config.train else len(runs) :]:
-    check_weights(run, NETWORKS)
+for run in members[len(runs) if config.train else 0 :]:
+    check_weights(run)
 if config.train:
     check_disk(runs, output)
     for start in {run.config.encoder: run.config for run in runs if starts[run.name]}.values():
-        build_classifier(start)
+        build_classifier(start)  # which loads the encoder's initial weights
 footprints = {}
 for run, network in itertools.product(runs, NETWORKS):
     cost, one = find_footprint(run.config, network), run.config
@@ -2440,14 +2457,13 @@ def check_losses(losses, interrupt):
 
 
 # %%
-def run_epochs(session, config, loss, parts, epochs, record, allow):
+def run_epochs(session, config, loss, parts, epochs, record, allow, cache):
     """Do the steps of a training that are not done yet. Leaves them in its record; raises Stop."""
     strategy, now = session.accelerator.strategy, session.clock.now
     model, optimizer, done = record.model, record.optimizer, int(record.done)
     steps, count = count_steps(config, len(parts[0][0])), len(parts[1][0])
     validate = distribute(strategy, make_validation(model, loss))
     step = distribute(strategy, make_step(model, loss, optimizer, strategy.num_replicas_in_sync))
-    cache = make_cache(config, len(parts[0][0]) + count)
     validation = make_dataset(config, *parts[1], cache=cache)
     batches = iter(make_dataset(config, *parts[0], done * config.batch_size, cache))
     each = time_batch(validate, next(iter(validation)), now)
@@ -2507,14 +2523,17 @@ def train(session, config, model, loss, parts, epochs, files, allow):
     record = Record(files, settings, model, optimizer)
     if config.train:
         record.resume(session.earlier)
+        cache = make_cache(config, sum(len(paths) for paths, _ in parts))
         try:
             if not record.finished:
                 check_losses([], session.interrupt)
-                run_epochs(session, config, loss, parts, epochs, record, allow)
+                run_epochs(session, config, loss, parts, epochs, record, allow, cache)
         except Stop as stop:
             record.stopped = str(stop)
             if stop.final:
                 finish_training(files, settings, str(stop))
+        finally:
+            (cache or {}).clear()  # TensorFlow holds on to the dataset for longer
     history = read_history(files.history).set_index("epoch")
     best = f"of epoch {history['val_loss'].idxmin():.3g}" if len(history) else "it began with"
     text = f"{files.name} ended early: {record.stopped}. Its weights are those {best}."

@@ -74,11 +74,12 @@ REFUSED = [
     (
         {"image_size": [320, 500]},
         r"image_size is \(320, 500\), it has to be \(height, width\) from \(32, 32\) to "
-        r"\(1376, 2080\) in multiples of 32",
+        r"\(1376, 2080\) in multiples of 32, no higher than wide",
     ),
     ({"image_size": [1408, 2112]}, r"image_size is \(1408, 2112\)"),
     ({"image_size": [0, 0]}, r"image_size is \(0, 0\)"),
     ({"image_size": 320}, "image_size is 320"),
+    ({"image_size": [480, 320]}, r"image_size is \(480, 320\)"),
     ({"image_size": [320.0, 480.0]}, "image_size is"),
     ({"classifier_size": [224, 2101]}, r"classifier_size is .* to \(1400, 2100\) .* or None"),
     ({"activation": "relu"}, "activation is 'relu', it has to be 'softmax' or 'sigmoid'"),
@@ -161,8 +162,23 @@ def test_any_value_is_allowed_or_refused_with_the_field_s_name(kernel, field, va
 
 @pytest.mark.parametrize("text", ["{", "[1]", "1", '"fold"', "{fold: 1}"])
 def test_overrides_that_are_no_object_are_refused(kernel, text):
-    with pytest.raises(ValueError, match="^CLOUDS_OVERRIDES is .* not an object in JSON, like"):
+    with pytest.raises(ValueError, match="^CLOUDS_OVERRIDES is .*, it has to be JSON like"):
         kernel.choose_config("BEST", {}, {"CLOUDS_OVERRIDES": text})
+
+
+def test_overrides_in_the_cell_that_are_no_dictionary_are_refused(kernel):
+    with pytest.raises(ValueError, match="overrides is 'fold', it has to be like {'fold': 1}."):
+        kernel.choose_config("BEST", "fold", {})
+
+
+def test_more_hours_than_kaggle_grants_are_refused_there(kernel):
+    accelerator = kernel.make_strategy({})
+    kaggle, longer = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, kernel.replace(kernel.BEST, hours=12)
+    with pytest.raises(ValueError, match="hours is 12, with this accelerator Kaggle grants 11.75"):
+        kernel.suit(longer, accelerator, kaggle)
+    assert kernel.suit(longer, accelerator, {}).hours == 12
+    assert kernel.suit(kernel.replace(longer, hours=2), accelerator, kaggle).hours == 2
+    assert kernel.suit(kernel.BEST, accelerator, kaggle).hours == 11.75
 
 
 def make_input(folder):
@@ -205,6 +221,8 @@ def test_output_folder_is_chosen_and_made(kernel, tmp_path, monkeypatch):
     assert (tmp_path / "output").is_dir()
     assert kernel.make_output("a", {"CLOUDS_OUTPUT": str(tmp_path / "b" / "c")}).is_dir()
     assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernel.make_output("~/c", {}) == tmp_path / "c"
 
 
 def test_a_file_is_written_whole_or_not_at_all(kernel, tmp_path, monkeypatch):

@@ -480,16 +480,16 @@ def test_weights_of_an_earlier_session_are_checked(kernel, tiny, tmp_path):
     (run,) = kernel.list_runs(kernel.replace(tiny, folds_to_run=()), tmp_path)
     for network in kernel.NETWORKS:
         kernel.build_network(tiny, network).save_weights(run.files(network).weights)
-    kernel.check_weights(run, kernel.NETWORKS)
+    kernel.check_weights(run)
     other = kernel.replace(run, config=kernel.replace(run.config, encoder=(0.6, 0.3)))
     shutil.copy(run.files("unet").weights, other.files("unet").weights)
     message = f"{other.files('unet').weights} does not hold the weights of a unet with efficient"
     with pytest.raises(ValueError, match=message):
-        kernel.check_weights(other, ["unet"])
+        kernel.check_weights(other)
     os.truncate(run.files("classifier").weights, 9999)
     message = f"{run.files('classifier').weights} cannot be read as HDF5"
     with pytest.raises(ValueError, match=message):
-        kernel.check_weights(run, kernel.NETWORKS)
+        kernel.check_weights(run)
 
 
 def test_nothing_is_unpickled():

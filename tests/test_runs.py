@@ -65,7 +65,7 @@ def test_earlier_runs_are_found_where_kaggle_mounts_them_or_where_it_is_said(ker
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text('{"accuracy": 1}')
     assert find_runs(None, {}) == [*second, *first]
-    assert find_runs([str(attached)], {}) == first
+    assert find_runs([str(attached)], {}) == find_runs(str(attached), {}) == first
     listed = {"CLOUDS_EARLIER": f"{attached}{kernel.os.pathsep}{tmp_path / 'my-dataset'}"}
     assert find_runs(["elsewhere"], listed) == [*first, *second]
     assert kernel.find_earlier(None, {}, tmp_path / "none") == []

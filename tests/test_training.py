@@ -235,6 +235,25 @@ def test_ctrl_c_ends_all_trainings_of_the_cell(
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("last", [9, 10**6])
+def test_the_decoded_images_are_forgotten_when_a_training_ends(
+    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch, last
+):
+    cache, sizes = {}, []
+    monkeypatch.setattr(kernel, "make_cache", lambda config, count: sizes.append(count) or cache)
+    steps = interrupt_at(kernel, monkeypatch, last)
+    count = kernel.Plan.count_validation
+    monkeypatch.setattr(
+        kernel.Plan,
+        "count_validation",
+        lambda plan, start: count(plan, start) or sizes.append(len(cache)),
+    )
+    config = kernel.replace(tiny, epochs=2)
+    with own_session.interrupt:
+        train_small(kernel, own_session, config, paths, labels, tmp_path)
+    assert len(steps) == min(last, 16) and sizes == [12] * (2 if last == 9 else 3) and cache == {}
+
+
 def test_a_second_ctrl_c_acts_as_usual(own_session):
     with pytest.raises(KeyboardInterrupt), own_session.interrupt:
         signal.raise_signal(signal.SIGINT)
