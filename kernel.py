@@ -822,13 +822,13 @@ def read_lines(path):
     """Yield the number and the cells of each line of a CSV file that is not blank.
 
     Windows line ends and a byte-order mark do not matter. Raises ValueError, which names the file,
-    if it is not CSV in UTF-8, or if its last line has no end.
+    if it is not CSV in UTF-8, or if no line break follows its last line.
     """
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 1))
         last = file.read()
     if last not in (b"", b"\n", b"\r"):
-        raise ValueError(f"{path} is cut off: its last line has no end.")
+        raise ValueError(f"{path} is cut off: no line break follows its last line.")
     csv.field_size_limit(10**8)  # characters of an encoding
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
@@ -1033,14 +1033,7 @@ def leave_out(labels, faults, share):
 
 
 def assign_folds(labels, folds, seed):
-    """A fold, 0 to `folds` - 1, for each image, balanced over the combinations of classes.
-
-    Raises ValueError if a fold would have fewer than two images.
-    """
-    if len(labels) < 2 * folds:
-        raise ValueError(
-            f"{folds} folds need {2 * folds} images, two for each; {len(labels)} are there."
-        )
+    """A fold, 0 to `folds` - 1, for each image, balanced over the combinations of classes."""
     present = (labels != "").to_numpy()
     combination = present @ (1 << np.arange(len(CLASSES)))
     tie_break = np.random.default_rng(seed).random(len(labels))
@@ -1048,6 +1041,14 @@ def assign_folds(labels, folds, seed):
     result = np.empty(len(labels), int)
     result[order] = np.arange(len(labels)) % folds
     return pd.Series(result, labels.index, name="fold")
+
+
+def check_folds(folds, held_out):
+    """Raise ValueError if a fold that is held out has fewer than two images to learn rules on."""
+    for fold in held_out:
+        if (count := (folds == fold).sum()) < 2:
+            few = f"Of {len(folds)} images fold {fold} has {count}, and needs two."
+            raise ValueError(f"{few} Set folds in Config to fewer.")
 
 
 # %%
@@ -1060,8 +1061,9 @@ text = describe_faults(test_faults, len(test_names), "test images are broken and
 session.warn("broken test images", text)
 test_paths = [test_folder / name for name in test_names if name not in test_faults]
 if not test_paths:
-    raise ValueError(f"{test_folder}: there is no image to predict.")
+    raise ValueError(f"There is nothing to predict: {text}")
 folds = assign_folds(labels, config.folds, config.seed)
+check_folds(folds, config.folds_to_run or (config.fold,))
 present = labels != ""
 masks = present.to_numpy().sum()
 print(f"{len(labels):,} images with {masks:,} masks, {len(test_paths):,} images to predict")

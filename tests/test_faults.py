@@ -116,7 +116,7 @@ REFUSED = {
     "cut off": (
         lambda source: os.truncate(source / "train.csv", 5000),
         ValueError,
-        "SOURCE/train.csv is cut off: its last line has no end.",
+        "SOURCE/train.csv is cut off: no line break follows its last line.",
     ),
     "other columns": (
         lambda source: change(source / "train.csv", b"EncodedPixels", b"rle"),
@@ -219,7 +219,7 @@ REFUSED = {
     "no test image left": (
         lambda source: [path.write_text("text") for path in (source / "test_images").iterdir()],
         ValueError,
-        "SOURCE/test_images: there is no image to predict.",
+        "There is nothing to predict: 4 of 4 test images are broken and get empty masks: SOURCE/",
     ),
 }
 RUNS = {
@@ -397,8 +397,9 @@ def test_unusual_images_are_read_as_they_are_stored(kernel, source, begin, name)
 
 
 def test_too_few_images_for_the_folds_are_refused(begin):
-    with pytest.raises(ValueError, match="7 folds need 14 images, two for each; 12 are there."):
-        begin(folds=7)
+    assert len(begin(folds=11, fold=0)["folds"]) == 12
+    with pytest.raises(ValueError, match="Of 12 images fold 1 has 1, and needs two. Set folds in"):
+        begin(folds=11, folds_to_run=[0, 1])
 
 
 # The output folder

@@ -27,6 +27,9 @@ def test_undecodable_image_is_named(kernel, tmp_path):
     path.write_bytes(b"not a jpeg")
     with pytest.raises(ValueError, match=f"{path} is not an image"):
         kernel.read_image(path, (64, 96))
+    gone = tmp_path / "gone.jpg"
+    with pytest.raises(ValueError, match=f"{gone} cannot be read .*No such file"):
+        kernel.read_image(gone, (64, 96))
 
 
 SIZE = (96, 160)

@@ -49,8 +49,8 @@ def main(folder, epochs):
             KERNEL.build_efficient_unet(config),
             functools.partial(KERNEL.unet_loss, config),
         )
-        parts, path = [(paths, labels)] * 2, Path(output) / "unet.weights.h5"
-        arguments = (model, loss, parts, epochs, path, lambda seconds: 1e6)
+        parts, files = [(paths, labels)] * 2, KERNEL.Files(Path(output), "unet")
+        arguments = (model, loss, parts, epochs, files, lambda seconds: 1e6)
         history = KERNEL.train(session, config, *arguments)
     seconds = time.perf_counter() - start
     print(f"{epochs} epochs in {seconds:.0f} s, loss {history['val_loss'].min():.4f}")

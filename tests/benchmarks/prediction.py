@@ -32,9 +32,10 @@ def predict(count):
         for index in range(count):
             paths.append(Path(folder) / f"{index:05}.jpg")
             paths[-1].symlink_to(images[index % len(images)])
-        presence, clock = np.ones((count, len(KERNEL.CLASSES))), KERNEL.Clock(12)
+        presence = np.ones((count, len(KERNEL.CLASSES)))
+        session = KERNEL.Session(accelerator, KERNEL.Clock(12))
         start = time.perf_counter()
-        rles = KERNEL.predict_rles(predictors, paths, presence, decide, clock)
+        rles = KERNEL.predict_rles(predictors, paths, presence, decide, session)
         seconds = time.perf_counter() - start
     with open("/proc/self/status") as lines:
         peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
