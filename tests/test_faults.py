@@ -71,7 +71,6 @@ def change(path, old, new, count=1):
 
 FIRST = (ROOT / "tests" / "sample" / "train.csv").read_text().splitlines()[1].partition(",")[0]
 IMAGE = FIRST.rpartition("_")[0]
-SHORT = f"{FIRST},1 2"
 
 
 def set_first(row):
@@ -158,6 +157,11 @@ REFUSED = {
         ValueError,
         f"SOURCE/train.csv, line 2, {IMAGE}_Salt: the class is 'Salt', not one of Fish, Flower, "
         "Gravel, Sugar.",
+    ),
+    "no class": (
+        set_first(f"{IMAGE},"),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {IMAGE}: the class is '{IMAGE}', not one of Fish, Flower, ",
     ),
     "image without file": (
         lambda source: change(source / "train.csv", IMAGE.encode(), b"other.jpg", 4),

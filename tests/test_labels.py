@@ -19,28 +19,6 @@ HEADER = "Image_Label,EncodedPixels"
 ROWS = [f"a.jpg_{name}," for name in ("Fish", "Flower", "Gravel", "Sugar")]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["image,rle", *ROWS], "the columns are image, rle; expected: Image_Label, EncodedPixels"),
-        ([HEADER, *ROWS[:3]], "there is no row a.jpg_Sugar"),
-        ([HEADER, *ROWS, ROWS[2]], "line 6, a.jpg_Gravel: the label is there twice"),
-        (
-            [HEADER, *ROWS, "a.jpg_Salt,"],
-            "line 6, a.jpg_Salt: the class is 'Salt', not one of Fish",
-        ),
-        ([HEADER, *ROWS, "a.jpg,"], "line 6, a.jpg: the class is 'a.jpg'"),
-        ([HEADER, "a.jpg_Fish,5 0", *ROWS[1:]], "line 2, a.jpg_Fish: the run '5 0'"),
-        ([HEADER, ROWS[0], "a.jpg_Flower,2940000 2"], "line 3, a.jpg_Flower: the run '2940000 2'"),
-    ],
-)
-def test_faults_name_the_file_and_the_row(kernel, tmp_path, rows, message):
-    path = tmp_path / "train.csv"
-    path.write_text("\n".join(rows) + "\n")
-    with pytest.raises(ValueError, match=f"{path}.*{message}"):
-        kernel.read_labels(path)
-
-
 LINES = [*ROWS, "b.jpg_Fish,1 2 5 9", "b.jpg_Flower,", "b.jpg_Gravel,7 1", "b.jpg_Sugar,"]
 PIECES = st.sampled_from([b"\n", b"\r\n", b",", b'"', b" ", b"_", b"../", b"\0", b"\xff", b"1 2"])
 EDITS = st.lists(
