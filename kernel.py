@@ -294,10 +294,8 @@ def size_in(step):
         fits = allowed(size) and all(a % step == 0 and a <= b for a, b in zip(size, most))
         return fits and size[0] <= size[1]
 
-    expected = (
-        f"(height, width) from (32, 32) to {most} in multiples of {step}, no higher than wide"
-    )
-    return check, expected
+    steps = f" in multiples of {step}" if step > 1 else ""
+    return check, f"(height, width) from (32, 32) to {most}{steps}, no higher than wide"
 
 
 # %%

@@ -81,7 +81,7 @@ REFUSED = [
     ({"image_size": 320}, "image_size is 320"),
     ({"image_size": [480, 320]}, r"image_size is \(480, 320\)"),
     ({"image_size": [320.0, 480.0]}, "image_size is"),
-    ({"classifier_size": [224, 2101]}, r"classifier_size is .* to \(1400, 2100\) .* or None"),
+    ({"classifier_size": [224, 2101]}, r"classifier_size is .* to \(1400, 2100\), no .* or None"),
     ({"activation": "relu"}, "activation is 'relu', it has to be 'softmax' or 'sigmoid'"),
     ({"precision": "float16"}, "precision is 'float16', it has to be 'float32' or 'mixed_float16'"),
     ({"batch_norm_momentum": 1.5}, "batch_norm_momentum is 1.5, it has to be a number from 0 to 1"),
