@@ -285,6 +285,18 @@ def either(*rules):
 
 
 # %%
+ENCODERS = {  # depth coefficient and size of the images on ImageNet
+    "efficientnetb0": (1.0, 224),
+    "efficientnetb1": (1.1, 240),
+    "efficientnetb2": (1.2, 260),
+    "efficientnetb3": (1.4, 300),
+    "efficientnetb4": (1.8, 380),
+    "efficientnetb5": (2.2, 456),
+    "efficientnetb6": (2.6, 528),
+    "efficientnetb7": (3.1, 600),
+}
+
+
 def size_in(step):
     """The rule of a size up to ORIGINAL_SIZE in multiples of `step`, no higher than wide."""
     most = tuple(length // step * step for length in ORIGINAL_SIZE)
@@ -299,9 +311,7 @@ def size_in(step):
 
 
 # %%
-ENCODER = either(
-    one_of(*(f"efficientnetb{size}" for size in range(8))), list_of(number(0.1, 10), 2)
-)
+ENCODER = either(one_of(*ENCODERS), list_of(number(0.1, 10), 2))
 SHARE = number(0, 1)
 MANY = number(1, 10**6, (int,))
 NOTHING = one_of(None)
@@ -659,9 +669,10 @@ def suit(config, accelerator, environment=os.environ):
 # %% [markdown]
 # A session has `Config.hours`, counted from the first cell, or else what Kaggle grants. How long a
 # step and a prediction take is measured when training begins, and as many epochs are planned as
-# leave time for all predictions. Ctrl-C, or the stop button of an interactive session, ends the
-# training in hand after its present step; what was trained until then is used. What a run had to
-# do without is said where it happens, and again in the report.
+# leave time for all predictions. Ctrl-C, or the stop button of an interactive session, ends all
+# training of a cell after the present step: the best weights so far are used, and runs that were
+# not begun are left out. What a run had to do without is said where it happens, and again in the
+# report.
 
 
 # %%
@@ -1104,16 +1115,6 @@ balance
 MEASURES = ("images", "baseline accuracy", "accuracy", "average precision", "Dice", "gated Dice")
 NETWORKS = ("classifier", "unet")  # whose weights an earlier run has to bring
 TITLE = "Understanding clouds with EfficientUNet"  # by which results.json is known as ours
-ENCODERS = {  # depth coefficient and size of the images on ImageNet
-    "efficientnetb0": (1.0, 224),
-    "efficientnetb1": (1.1, 240),
-    "efficientnetb2": (1.2, 260),
-    "efficientnetb3": (1.4, 300),
-    "efficientnetb4": (1.8, 380),
-    "efficientnetb5": (2.2, 456),
-    "efficientnetb6": (2.6, 528),
-    "efficientnetb7": (3.1, 600),
-}
 
 
 def configure_classifier(config):
@@ -2431,8 +2432,9 @@ class Plan:
 
 # %% [markdown]
 # A loss that is no longer a number never becomes one again; only in float16, whose scaled gradients
-# may be too large for a step, it can recover. So after ten such steps in a row, or after such an
-# epoch, the training ends, and the notebook goes on with the best weights so far.
+# may be too large for a step, it can recover. So after ten such steps in a row, or after a
+# validation whose loss is none, the training ends, and the notebook goes on with the best weights
+# so far.
 
 
 # %%
@@ -2543,11 +2545,11 @@ def train(session, config, model, loss, parts, epochs, files, allow):
 
 
 # %%
-def train_runs(session, runs, train_one):
-    """Train runs one after the other; returns their histories by name.
+def train_runs(session, runs, members, train_one):
+    """Train runs one after the other, by `train_one`, a function of a run's number and the run.
 
-    `train_one` is a function of the number of the run and the run. Interrupted, the session goes on
-    without the runs that would come next.
+    Returns the runs and the members that the session goes on with, and the histories by name.
+    Interrupted, it does so without the runs that would come next.
     """
     histories = {}
     with session.interrupt:
@@ -2557,13 +2559,8 @@ def train_runs(session, runs, train_one):
     for run in runs:
         text = f"Interrupted, the session goes on without {run.name}."
         session.warn(run.name, None if run.name in histories else text)
-    return histories
-
-
-def keep_trained(runs, members, histories):
-    """The runs of a session and the members without those runs that have no history."""
-    kept = [run for run in runs if run.name in histories]
-    return kept, [*kept, *members[len(runs) :]]
+    kept = runs[: len(histories)]
+    return kept, [*kept, *members[len(runs) :]], histories  # our runs lead the members
 
 
 def plot_histories(axes, histories, title, ylabel):
@@ -2632,12 +2629,10 @@ def predict_presence(run, network, paths, strategy=None):
 
 # %% tags=["nbval-ignore-output"]
 reserve, count = (1 - CLASSIFIER_SHARE) * clock.left(), len(runs)
-classifier_histories = train_runs(
-    session,
-    runs,
+runs, members, classifier_histories = train_runs(
+    *(session, runs, members),
     lambda index, run: train_classifier(session, run, *labelled, 1 / (count - index), reserve),
 )
-runs, members = keep_trained(runs, members, classifier_histories)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
@@ -2873,16 +2868,14 @@ def train_unet(session, run, labels, folds, folder, share=1.0, predictions=0):
 views, count = 4 if config.flips else 1, len(runs)
 each = [views * (len(test_paths) + (folds == run.config.fold).sum()) for run in members]
 costs = [find_footprint(run.config, "unet").operations for run in members]
-unet_histories = train_runs(
-    session,
-    runs,
+runs, members, unet_histories = train_runs(
+    *(session, runs, members),
     lambda index, run: train_unet(
         *(session, run, *labelled),
         share=costs[index] / sum(costs[index:count]),
         predictions=np.dot(each, costs) / costs[index],  # of images by this network
     ),
 )
-runs, members = keep_trained(runs, members, unet_histories)
 
 # %%
 weight = config.cross_entropy_weight
@@ -3643,8 +3636,8 @@ make_table(everything, "Dice", unet_scores, PAPER_DICE)
 # On the paper's validation images larger encoders score lower. A difference between two rows
 # means something only if they have the same folds, and more than a handful of images.
 #
-# `results.json` holds the configuration and what the run measured; attach it, with the weights
-# beside it, to a later session.
+# `results.json` holds the configuration, what the run measured and its warnings; attach it, with
+# the weights beside it, to a later session.
 
 # %% tags=["nbval-ignore-output"]
 results = {

@@ -212,18 +212,16 @@ def test_ctrl_c_ends_all_trainings_of_the_cell(
     runs = kernel.list_runs(config, tmp_path)
     folds = kernel.assign_folds(labels, 3, seed=0)
     steps = interrupt_at(kernel, monkeypatch, 3)
-    histories = kernel.train_runs(
+    kept, members, histories = kernel.train_runs(
         own_session,
         runs,
+        [*runs, "earlier"],
         lambda index, run: kernel.train_classifier(
             own_session, run, labels, folds, sample / "train_images"
         ),
     )
     assert len(steps) == 3 and list(histories) == [runs[0].name]
-    assert kernel.keep_trained(runs, [*runs, "earlier"], histories) == (
-        runs[:1],
-        [runs[0], "earlier"],
-    )
+    assert kept == runs[:1] and members == [runs[0], "earlier"]
     assert list(own_session.warnings.values()) == [
         f"{network}-{runs[0].name} ended early: it was interrupted. Its weights are those it began "
         "with."
