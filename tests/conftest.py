@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 def is_definition(node):
     """Whether a top-level statement of kernel.py defines something and runs nothing.
 
-    Definitions are imports, functions, classes, constants in capitals, and the settings of the
-    environment that an import needs.
+    Definitions are imports, functions, classes, types and constants, whose names begin with a
+    capital, and the settings of the environment that an import needs.
     """
     if isinstance(node, ast.Assign):
         return all(
-            target.id.isupper()
+            target.id[0].isupper()
             if isinstance(target, ast.Name)
             else ast.unparse(target).startswith("os.")
             for target in node.targets
@@ -39,14 +39,22 @@ def load_definitions():
 
 
 KERNEL = load_definitions()  # before a test imports TensorFlow: it chooses the version of Keras
-settings.register_profile("reproducible", derandomize=True, deadline=None)
-settings.load_profile("reproducible")
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=300)
+settings.register_profile("deep", derandomize=True, deadline=None, max_examples=5000)
+settings.load_profile("quick")  # pytest --hypothesis-profile deep takes the other
 
 
 @pytest.fixture(scope="session")
 def kernel():
     """The definitions of kernel.py."""
     return KERNEL
+
+
+@pytest.fixture(autouse=True)
+def warnings():
+    """What the notebook has warned of, none when a test begins."""
+    KERNEL.WARNINGS.clear()
+    return KERNEL.WARNINGS
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +76,8 @@ def paths(labels, sample):
 
 
 @pytest.fixture(scope="session")
-def session(kernel):
-    """A session on the CPU with all the time that a test needs."""
-    return kernel.Session(kernel.make_strategy({}), kernel.Clock(1000))
-
-
-@pytest.fixture(scope="session")
-def tiny(kernel, session):
+def tiny(kernel):
     """A configuration small enough for a test of the network."""
     sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "batch_size": 2}
-    config = kernel.replace(kernel.SAMPLE, **sizes, epochs=1)
-    return kernel.suit(config, session.accelerator)
+    own = {"held_out": (0,), "precision": "float32", "hours": 1000.0, "epochs": 1}
+    return kernel.replace(kernel.SAMPLE, **sizes, **own)

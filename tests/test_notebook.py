@@ -39,17 +39,27 @@ def test_notebook_is_stored_as_one_run_from_top_to_bottom(notebook, code_cells):
     assert not [cell for cell in code_cells if "execution" in cell.metadata]
 
 
-def test_at_least_ten_cells_are_compared(code_cells):
+def test_github_shows_the_notebook(notebook):
+    """It does so reliably below 2 MB; pictures are JPEG, which are smaller than PNG."""
+    assert (ROOT / "kernel.ipynb").stat().st_size < 1.5e6
+    kinds = {
+        kind
+        for cell in notebook.cells
+        for o in cell.get("outputs", [])
+        for kind in o.get("data", {})
+    }
+    assert "image/jpeg" in kinds and "image/png" not in kinds
+
+
+def test_at_least_twenty_text_outputs_are_compared(code_cells):
     compared = [
-        cell
+        output
         for cell in code_cells
-        if cell.outputs and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+        for output in cell.outputs
+        if "nbval-ignore-output" not in cell.metadata.get("tags", [])
+        and ("text" in output or "text/plain" in output.get("data", {}))
     ]
-    assert len(compared) >= 10
-
-
-def test_cells_are_short(code_cells):
-    assert max(len(cell.source.splitlines()) for cell in code_cells) <= 40
+    assert len(compared) >= 20
 
 
 def test_parameters_cell_is_tagged(code_cells):
@@ -70,7 +80,7 @@ def test_definitions_lean_on_nothing_that_a_run_cell_makes(kernel):
     own = [value for value in vars(kernel).values() if getattr(value, "__module__", "") == "kernel"]
     methods = [vars(value).values() for value in own if isinstance(value, type)]
     functions = [f for f in [*own, *itertools.chain(*methods)] if isinstance(f, types.FunctionType)]
-    assert len(functions) > 30
+    assert len(functions) > 50
     for function in functions:
         if function.__code__.co_filename.endswith("kernel.py"):  # not what dataclasses generate
             lacking = global_names(function.__code__) - known
@@ -78,22 +88,21 @@ def test_definitions_lean_on_nothing_that_a_run_cell_makes(kernel):
 
 
 def test_metadata_is_what_kaggle_reads():
+    """Whoever pushes puts a name of their own and another accelerator."""
     metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
-    owner, slug = metadata["id"].split("/")
-    assert owner == "YOUR_USERNAME"
+    _, slug = metadata["id"].split("/")
     assert slug == re.sub("[^a-z0-9]+", "-", metadata["title"].lower()).strip("-")
     assert metadata["code_file"] == "kernel.ipynb"
     assert (metadata["language"], metadata["kernel_type"]) == ("python", "notebook")
     assert metadata["competition_sources"] == ["understanding_cloud_organization"]
-    assert metadata["machine_shape"] == "NvidiaTeslaT4"
+    assert metadata["machine_shape"] in ("NvidiaTeslaT4", "TpuV5E8")
     assert metadata["enable_internet"] is True
 
 
 def test_requirements_and_first_cell_name_the_same_versions(kernel):
     requirements = (ROOT / "requirements.txt").read_text().splitlines()
     requirements = {line.split("  #")[0] for line in requirements}
-    named = " ".join([*kernel.MISSING_ON_KAGGLE.values(), *kernel.ON_KAGGLE.values()])
-    assert set(named.split()) <= requirements
+    assert set(" ".join(kernel.PACKAGES.values()).split()) <= requirements
 
 
 def test_readme_s_test_command_is_the_one_that_is_run():

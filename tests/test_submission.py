@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import json
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 ROWS = [
@@ -119,7 +122,7 @@ FAULTS = {
     ),
     "class in small letters": (
         lambda rows: [("b.jpg_fish", rows[0][1]), *rows[1:]],
-        "line 2, b.jpg_fish: the class is 'fish'",
+        "line 2, b.jpg_fish: the class is not one of",
     ),
     "past the image": (
         replace_first(lambda rle: f"{rle} 183750 2"),
@@ -173,23 +176,10 @@ def test_what_kaggle_would_refuse_or_score_wrongly_is_refused(kernel, right, sam
         kernel.check_submission(path, sample_path)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_masks_written_along_the_rows_are_refused(kernel, tmp_path, sample_path, seed):
-    masks, path = draw_truth(seed), tmp_path / "submission.csv"
-    truth = [(row, number_pixels(mask)) for row, mask in zip(ROWS, masks)]
-    write(path, [(row, kernel.encode_rle(mask)) for row, mask in zip(ROWS, masks)])
-    kernel.check_submission(path, sample_path)
-    write(path, [(row, kernel.encode_rle(mask.T)) for row, mask in zip(ROWS, masks)])
-    assert score(path, truth) < 0.9
-    with pytest.raises(ValueError, match=f"{path}: the masks are written along the rows"):
-        kernel.check_submission(path, sample_path)
-
-
 RUN_LISTS = st.lists(st.tuples(st.integers(1, 20000), st.integers(1, 2500)), max_size=8)
 
 
 @given(first=RUN_LISTS, second=RUN_LISTS)
-@settings(max_examples=300)
 def test_the_notebook_s_dice_is_the_scorer_s(kernel, tmp_path_factory, first, second):
     masks = []
     for runs in (first, second):
@@ -202,21 +192,104 @@ def test_the_notebook_s_dice_is_the_scorer_s(kernel, tmp_path_factory, first, se
     path = tmp_path_factory.getbasetemp() / "scored.csv"
     write(path, [("a.jpg_Fish", kernel.encode_rle(masks[0]))])
     truth = [("a.jpg_Fish", number_pixels(masks[1]))]
-    assert kernel.dice(masks[1], masks[0]) == pytest.approx(score(path, truth))
+    overlap, total = (masks[0] & masks[1]).sum(), masks[0].sum() + masks[1].sum()
+    assert kernel.dice(overlap, total) == pytest.approx(score(path, truth))
 
 
-def test_predictions_are_encoded_under_their_names(kernel, session, tiny, sample, monkeypatch):
-    """Maps that are 255 in a box of each class, in place of a network's."""
+@pytest.fixture
+def boxes(kernel, sample, monkeypatch):
+    """Maps that are 255 in a box of each class, in place of a network's: images and these maps."""
     paths = sorted((sample / "test_images").iterdir())
-    maps = np.zeros((len(paths), 350, 525, 4), np.uint8)
+    maps = np.zeros((len(paths), 1, 350, 525, 4), np.uint8)
     for image, index in np.ndindex(len(paths), 4):
-        maps[image, 10 * image : 10 * image + 50, 20 * index : 20 * index + 60, index] = 255
-    monkeypatch.setattr(kernel, "predict_maps", lambda config, predict, paths: iter(maps))
-    presence = np.ones((len(paths), 4))
+        maps[image, :, 10 * image : 10 * image + 50, 20 * index : 20 * index + 60, index] = 255
+    monkeypatch.setattr(kernel, "predict_maps", lambda *arguments: iter(maps))
+    return (paths, None), maps[:, -1]
+
+
+def test_predictions_are_encoded_under_their_names(kernel, tiny, boxes, warnings):
+    (paths, _), maps = boxes
     decide = kernel.use_half(tiny, None, None, None)
-    rles = kernel.predict_rles([(tiny, None)], paths, presence, decide, session)
-    assert len(rles) == 4 * len(paths)
+    rles = kernel.predict_rles(tiny, [], boxes[0], np.ones((len(paths), 4)), decide, math.inf)
+    assert len(rles) == 4 * len(paths) and not warnings
     for image, path in enumerate(paths):
         for index, name in enumerate(kernel.CLASSES):
             mask = kernel.decode_rle(rles[f"{path.name}_{name}"], kernel.SUBMISSION_SIZE)
             np.testing.assert_array_equal(mask, maps[image, ..., index] > 0)
+
+
+def test_prediction_ends_before_the_clock_does(kernel, tiny, boxes, warnings):
+    (paths, _), _ = boxes
+    decide = kernel.use_half(tiny, None, None, None)
+    rles = kernel.predict_rles(tiny, [], boxes[0], np.ones((len(paths), 4)), decide, 0)
+    assert len(rles) == 4
+    expected = f"The time is over: {len(paths) - 1} test images are predicted to be empty."
+    assert list(warnings.values()) == [expected]
+
+
+@pytest.mark.parametrize("name", ["results.json", "submission.csv"])
+def test_a_file_is_written_whole_or_not_at_all(kernel, tmp_path, sample_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_text("old")
+
+    def fail(*arguments):
+        raise OSError("killed before the rename")
+
+    monkeypatch.setattr(kernel.os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        if name == "results.json":
+            kernel.write_whole(path, "new")
+        else:
+            kernel.write_submission({}, sample_path, path)
+    assert path.read_text() == "old"
+
+
+# The tables
+
+
+def write_results(folder, encoder, size, fold, images, **measures):
+    """Leave a member's results."""
+    folder.mkdir(parents=True)
+    about = {"encoder": encoder, "image size": size, "fold": fold, "images": images}
+    (folder / "results.json").write_text(json.dumps(about | measures))
+
+
+def test_sessions_merge_into_one_table_beside_the_paper(kernel, tmp_path):
+    b0, pair = "efficientnetb0", "efficientnet-1.0-1.2"
+    places = [tmp_path / name / "members" for name in "abc"]
+    write_results(places[0] / "b0-0", b0, "1312 x 2080", 0, 10, gated=0.5)
+    write_results(places[0] / "b0-1", b0, "1312 x 2080", 1, 11, gated=0.7)
+    write_results(places[1] / "b0-1", b0, "1312 x 2080", 1, 11, gated=0.9)  # where it came from
+    write_results(places[1] / "b0-small", b0, "64 x 96", 1, 11, gated=0.1)
+    write_results(places[2] / "pair-4", pair, "1312 x 2080", 4, 9, gated=0.2)
+    results = kernel.read_results([], [place.parent for place in places])
+    assert len(results) == 4 and results["gated"].tolist() == [0.5, 0.7, 0.1, 0.2]
+    own = kernel.Training("", "unet", b0, 1, (), 0, 0, places[1] / "b0-1")
+    results = kernel.read_results([own], [place.parent for place in places])
+    assert len(results) == 4 and results["gated"].tolist() == [0.9, 0.5, 0.1, 0.2]
+    results = kernel.read_results([], [place.parent for place in places])
+    table = kernel.make_table(results, ["gated"], "II")
+    assert table.loc[b0, "image size"].tolist() == ["1312 x 2080", "64 x 96"]
+    assert table.loc[b0, "gated"].tolist() == [pytest.approx(0.6), 0.1]
+    assert table.loc[b0, "folds"].tolist() == ["0, 1", "1"]
+    assert table.loc[b0, "images"].tolist() == [21, 11]
+    assert table.loc[b0, "paper, private"].tolist() == [0.64595] * 2
+    assert table.loc["efficientnetb5", ["gated", "paper, public"]].tolist() == ["", 0.65325]
+    assert table.loc[pair, ["gated", "paper, public"]].tolist() == [0.2, ""]
+
+
+@pytest.mark.parametrize(
+    ("number", "column", "encoder", "value"),
+    [
+        ("I", "baseline", "efficientnetb0", 0.670),
+        ("I", "fine-tuned", "efficientnetb5", 0.732),
+        ("II", "cross-validation", "efficientnetb1", 0.6423),
+        ("II", "private", "efficientnetb3", 0.64585),
+        ("III", "private", "efficientnetb0", 0.6611),
+        ("III", "public", "efficientnetb2", 0.6578),
+    ],
+)
+def test_the_paper_s_tables_are_as_they_are_printed(kernel, number, column, encoder, value):
+    results = {"encoder": ["x"], "image size": ["y"], "fold": [0], "images": [1], "z": [0.5]}
+    table = kernel.make_table(pd.DataFrame(results), ["z"], number)
+    assert table.loc[encoder, f"paper, {column}"] == value

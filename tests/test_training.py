@@ -1,11 +1,13 @@
-"""Training: on several replicas, compiled for a TPU, by the clock, and gone on with when killed."""
+"""Train: folders of members, the clock, several replicas, XLA, and going on when killed."""
 
-import functools
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +16,37 @@ import pytest
 import tensorflow as tf
 
 TESTS = Path(__file__).parent
+FOREVER = 1e12  # seconds
 
 
 def run_python(code, *arguments):
     """Run code that has the notebook's definitions as `kernel`, in a process of its own."""
-    start = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); from conftest import KERNEL as kernel\n"
-    )
+    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_training as tests\n"
+    start += "from conftest import KERNEL as kernel\n"
     command = [sys.executable, "-c", start + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def build_small(config):
-    """A network of one layer in EfficientUNet's place."""
-    images = tf.keras.layers.Input((*config.image_size, 3), dtype=tf.uint8)
-    scaled = tf.keras.layers.Rescaling(1 / 255)(images)
-    channels = 5 if config.activation == "softmax" else 4
-    return tf.keras.Model(
-        images, tf.keras.layers.Conv2D(channels, 1, activation=config.activation)(scaled)
-    )
+def build_small(config, encoder, size):
+    """A network of one layer, with batch normalisation, in EfficientUNet's place."""
+    layers = tf.keras.layers
+    images = layers.Input((*size, 3), dtype=tf.uint8)
+    maps = layers.Conv2D(4, 1)(layers.Rescaling(1 / 255)(images))
+    maps = layers.BatchNormalization(momentum=0.8)(maps)
+    return tf.keras.Model(images, layers.Activation("sigmoid", dtype="float32")(maps))
 
 
-def allow_all(seconds):
-    """The time that a training may take: more than any needs."""
-    return 1e6
+@pytest.fixture
+def small(kernel, monkeypatch):
+    """The small network as the notebook's U-Net."""
+    monkeypatch.setitem(kernel.NETWORKS, "unet", (build_small, kernel.unet_loss))
+
+
+def plan(kernel, config, labels, output, network="unet", earlier=(), memory=1000.0, replicas=1):
+    """A Training in an output folder."""
+    (output / "members").mkdir(parents=True, exist_ok=True)
+    member = config.encoders[0], config.held_out[0]
+    return kernel.plan_training(config, network, *member, labels, replicas, memory, output, earlier)
 
 
 def split(paths, labels):
@@ -45,769 +54,674 @@ def split(paths, labels):
     return [(paths[:8], labels[:8]), (paths[8:], labels[8:])]
 
 
-def train_small(kernel, session, config, paths, labels, output, allow=allow_all, loss=None):
-    """Train a small network on eight images of the sample; returns it and its history."""
-    tf.keras.utils.set_random_seed(config.seed)
-    model, loss = build_small(config), loss or functools.partial(kernel.unet_loss, config)
-    files = kernel.Files(output, "small")
-    arguments = (model, loss, split(paths, labels), config.epochs, files, allow)
-    return model, kernel.train(session, config, *arguments)
+def train(kernel, config, labels, paths, output, deadline=FOREVER, **options):
+    """Train the small network on eight images; returns its Training and its history."""
+    training = plan(kernel, config, labels, output, **options)
+    parts = split(paths, labels)
+    kernel.train(tf.distribute.get_strategy(), config, training, parts, deadline)
+    return training, kernel.read_history(training)
 
 
-def measure_loss(kernel, config, model, paths, labels):
-    """The loss of a network on the validation images, by Keras's own loop."""
-    losses = []
+def measure_loss(kernel, config, training, paths, labels):
+    """The loss of the kept weights on the validation images, image by image."""
+    model, losses = kernel.load_network(config, training), []
     for path, rles in zip(paths[8:], labels[8:].to_numpy()):
-        image, plane = kernel.load_example(config, path, rles)
+        image, plane = kernel.load_example(config, training.size, path, rles)
         probabilities = model.predict(image[None], verbose=0)
         losses.append(kernel.unet_loss(config, tf.constant(plane[None]), probabilities))
     return float(np.mean(losses))
 
 
-def test_best_weights_are_kept_and_loaded_again(kernel, session, tiny, labels, paths, tmp_path):
+def read_weights(kernel, config, training):
+    """The kept weights of a training."""
+    return kernel.load_network(config, training).get_weights()
+
+
+def assert_equal(first, second):
+    """Lists of arrays are equal to the last bit."""
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("small")
+def test_best_weights_are_kept(kernel, tiny, labels, paths, tmp_path, capsys):
     config = kernel.replace(tiny, epochs=6, learning_rate=12.0)  # so high that the loss jumps
-    model, history = train_small(kernel, session, config, paths, labels, tmp_path)
+    training, history = train(kernel, config, labels, paths, tmp_path)
     losses = history["val_loss"]
-    assert losses.idxmin() < losses.index[-1] and list(losses.index) == [1, 2, 3, 4, 5, 6]
-    measured = measure_loss(kernel, config, model, paths, labels)
+    assert list(losses.index) == [0, 1, 2, 3, 4, 5] and losses.idxmin() < 5
+    measured = measure_loss(kernel, config, training, paths, labels)
     assert measured == pytest.approx(losses.min(), rel=1e-5)
-    other = build_small(config)
-    other.load_weights(tmp_path / "small.weights.h5")
-    for first, second in zip(model.get_weights(), other.get_weights()):
-        np.testing.assert_array_equal(first, second)
-    saved = pd.read_csv(tmp_path / "small.csv", index_col="epoch", float_precision="round_trip")
-    pd.testing.assert_frame_equal(saved, history)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": 0 of 6 epochs are done.") and len(lines) == 7
+    assert all("validation" in line and "min left" in line for line in lines[1:])
+    assert not (training.folder / "state").exists() and not kernel.WARNINGS
 
 
+@pytest.mark.usefixtures("small")
 def test_validation_weighs_the_images_of_an_uneven_batch_alike(
-    kernel, session, tiny, labels, paths, tmp_path
+    kernel, tiny, labels, paths, tmp_path
 ):
-    config = kernel.replace(tiny, batch_size=3, epochs=1)  # four images in two batches
-    model, history = train_small(kernel, session, config, paths, labels, tmp_path)
-    measured = measure_loss(kernel, config, model, paths, labels)
+    config = kernel.replace(tiny, batch_size=3)  # four images in two batches
+    training, history = train(kernel, config, labels, paths, tmp_path)
+    measured = measure_loss(kernel, config, training, paths, labels)
     assert history["val_loss"].item() == pytest.approx(measured, rel=1e-5)
 
 
-def test_training_twice_gives_the_same_weights(kernel, session, tiny, labels, paths, tmp_path):
-    models = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        models += train_small(kernel, session, tiny, paths, labels, tmp_path / name)[:1]
-    for first, second in zip(*(model.get_weights() for model in models)):
-        np.testing.assert_array_equal(first, second)
+@pytest.mark.usefixtures("small")
+def test_training_twice_gives_the_same_weights(kernel, tiny, labels, paths, tmp_path):
+    found = [train(kernel, tiny, labels, paths, tmp_path / name)[0] for name in ("a", "b")]
+    assert_equal(*(read_weights(kernel, tiny, training) for training in found))
 
 
-# Ends before the time
+@pytest.mark.usefixtures("small")
+def test_a_finished_training_is_not_repeated(kernel, tiny, labels, paths, tmp_path, monkeypatch):
+    training, history = train(kernel, tiny, labels, paths, tmp_path)
+    monkeypatch.setattr(kernel.tf.keras.Model, "fit", None)
+    again, same = train(kernel, tiny, labels, paths, tmp_path)
+    assert again == training
+    pd.testing.assert_frame_equal(history, same)
 
 
-def lose(kernel, config, first, last=10**6):
-    """The loss, but nan from a number of calls in training on, up to another."""
+# Ends before its time
+
+
+@pytest.mark.parametrize("first", [0, 8 + 2 + 8 + 2 + 3])
+def test_a_loss_that_becomes_nan_ends_the_training_with_its_best_weights(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, warnings, first
+):
+    """An epoch has eight steps, and two batches of validation."""
     calls = tf.Variable(0, trainable=False)
 
-    def loss(planes, probabilities):
-        number = calls.assign_add(1)  # of training steps and of batches of validation
-        factor = tf.where((number >= first) & (number <= last), math.nan, 1.0)
+    def loss(config, planes, probabilities):
+        factor = tf.where(calls.assign_add(1) > first, math.nan, 1.0)
         return kernel.unet_loss(config, planes, probabilities) * factor
 
-    return loss
-
-
-@pytest.fixture
-def own_session(kernel, session):
-    """A session with warnings of its own."""
-    return kernel.Session(session.accelerator, session.clock)
-
-
-def test_a_loss_that_becomes_nan_ends_the_training_with_its_best_weights(
-    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch
-):
-    """An epoch has eight steps, and two batches of validation; two more are for timing."""
+    monkeypatch.setitem(kernel.NETWORKS, "unet", (build_small, loss))
+    monkeypatch.setattr(kernel, "hash_code", lambda *functions: {})
     config = kernel.replace(tiny, epochs=9)
-    loss = lose(kernel, config, 2 + 10 + 10 + 5)  # within the third epoch
-    model, history = train_small(kernel, own_session, config, paths, labels, tmp_path, loss=loss)
-    assert list(history.index) == [1, 2] and np.isfinite(history).all().all()
-    assert all(np.isfinite(weights).all() for weights in model.get_weights())
-    measured = measure_loss(kernel, config, model, paths, labels)
-    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    (warning,) = own_session.warnings.values()
-    best = int(history["val_loss"].idxmin())
-    assert warning == (
-        f"small ended early: its validation loss became nan. Its weights are those of epoch {best}."
+    training, history = train(kernel, config, labels, paths, tmp_path)
+    assert len(history) == (3 if first else 1) and history.iloc[-1].isna().all()
+    weights = read_weights(kernel, config, training)
+    assert all(np.isfinite(array).all() for array in weights)
+    if first:
+        measured = measure_loss(kernel, config, training, paths, labels)
+        assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
+    else:
+        tf.keras.utils.set_random_seed(config.seed)
+        assert_equal(weights, build_small(config, None, training.size).get_weights())
+    name = training.folder.name
+    assert (
+        warnings[name] == f"The loss of {name} became nan. Its best weights before that are used."
     )
     # Begun again, it would end so again; so it does not begin, and warns again.
-    monkeypatch.setattr(kernel, "make_step", None)
-    own_session.warnings.clear()
-    train_small(kernel, own_session, config, paths, labels, tmp_path, loss=loss)
-    assert list(own_session.warnings.values()) == [warning]
+    warnings.clear()
+    monkeypatch.setattr(kernel.tf.keras.Model, "fit", None)
+    train(kernel, config, labels, paths, tmp_path)
+    assert name in warnings
 
 
-def test_a_loss_that_is_nan_from_the_start_leaves_the_weights_as_they_were(
-    kernel, own_session, tiny, labels, paths, tmp_path
-):
-    loss = lose(kernel, tiny, 0)
-    kernel_steps = kernel.replace(tiny, batch_size=1, epochs=3)  # 16 steps in an epoch
-    model, history = train_small(
-        kernel, own_session, kernel_steps, paths, labels, tmp_path, loss=loss
-    )
-    assert len(history) == 0
-    tf.keras.utils.set_random_seed(tiny.seed)
-    for first, second in zip(model.get_weights(), build_small(tiny).get_weights()):
-        np.testing.assert_array_equal(first, second)
-    (warning,) = own_session.warnings.values()
-    assert warning == "small ended early: its loss became nan. Its weights are those it began with."
-    figure, axes = kernel.plt.subplots()
-    kernel.plot_histories(axes, {"small": history}, "title", "loss")
-    kernel.plt.close(figure)
+def interrupt(kernel, monkeypatch, step):
+    """Press Ctrl-C in a training step, counted from now."""
+    steps, usual = [], kernel.TimeBudget.on_train_batch_end
 
-
-def test_float16_may_recover_from_a_few_steps_that_are_nan(kernel):
-    losses = [1.0] + 9 * [math.nan]
-    kernel.check_losses(losses, kernel.Interrupt())
-    with pytest.raises(kernel.Stop, match="its loss became nan"):
-        kernel.check_losses([*losses, math.nan], kernel.Interrupt())
-
-
-def interrupt_at(kernel, monkeypatch, step):
-    """Press Ctrl-C in a step of training, counted from the first of a session."""
-    steps, count_step = [], kernel.Plan.count_step
-
-    def count(plan):
-        count_step(plan)
+    def count(budget, batch, logs=None):
+        usual(budget, batch, logs)
         steps.append(1)
         if len(steps) == step:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(kernel.Plan, "count_step", count)
+    monkeypatch.setattr(kernel.TimeBudget, "on_train_batch_end", count)
     return steps
 
 
-def test_ctrl_c_ends_the_training_and_it_goes_on_when_begun_again(
-    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch, capsys
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_ends_all_trainings_of_the_cell_and_they_go_on_when_begun_again(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, warnings
 ):
-    usual = signal.getsignal(signal.SIGINT)
-    config = kernel.replace(tiny, epochs=4)
-    (tmp_path / "whole").mkdir()
-    _, expected = train_small(kernel, own_session, config, paths, labels, tmp_path / "whole")
-    steps = interrupt_at(kernel, monkeypatch, 8 + 8 + 3)
-    with own_session.interrupt:
-        model, history = train_small(kernel, own_session, config, paths, labels, tmp_path)
-    assert len(steps) == 19 and list(history.index) == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is usual
-    measured = measure_loss(kernel, config, model, paths, labels)
-    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    assert own_session.warnings["small"].startswith("small ended early: it was interrupted. Its ")
-    capsys.readouterr()
-    with own_session.interrupt:
-        _, history = train_small(kernel, own_session, config, paths, labels, tmp_path)
-    assert "small goes on after 16 steps" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(history, expected)
-    assert not own_session.warnings  # taken back
+    """Of two members the first is interrupted in its third epoch."""
+    config, folds = kernel.replace(tiny, epochs=4), pd.Series(np.arange(12) // 8, labels.index)
+    labelled = labels, folds, paths[0].parent
+    strategy, members = tf.distribute.get_strategy(), {}
+    for name in ("interrupted", "whole"):
+        own = [kernel.replace(config, folds=2, held_out=(fold,)) for fold in (1, 0)]
+        members[name] = [{"unet": plan(kernel, c, labels, tmp_path / name)} for c in own]
+    kernel.train_members(strategy, config, members["whole"], "unet", labelled, FOREVER)
+    with monkeypatch.context() as patch:
+        steps = interrupt(kernel, patch, 8 + 8 + 3)
+        kept = kernel.train_members(
+            strategy, config, members["interrupted"], "unet", labelled, FOREVER
+        )
+    first = members["interrupted"][0]["unet"]
+    assert len(steps) == 19 and kept == members["interrupted"][:1]
+    assert len(kernel.read_history(first)) == 2
+    assert warnings["unet"].startswith(f"Interrupted in {first.folder.name}")
+    kept = kernel.train_members(strategy, config, kept, "unet", labelled, FOREVER)
+    assert not warnings  # taken back
+    other = members["whole"][0]["unet"]
+    assert_equal(read_weights(kernel, config, first), read_weights(kernel, config, other))
+    pd.testing.assert_frame_equal(kernel.read_history(first), kernel.read_history(other))
 
 
-def test_ctrl_c_ends_all_trainings_of_the_cell(
-    kernel, own_session, tiny, labels, sample, tmp_path, monkeypatch
+@pytest.mark.usefixtures("small")
+def test_if_nothing_was_trained_the_run_ends_with_a_sentence(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch
 ):
-    """Of two runs, the first is interrupted in its baseline."""
-    config = kernel.replace(tiny, classifier_epochs=(1, 1), folds=3, folds_to_run=(0, 1))
-    runs = kernel.list_runs(config, tmp_path)
-    folds = kernel.assign_folds(labels, 3, seed=0)
-    steps = interrupt_at(kernel, monkeypatch, 3)
-    kept, members, histories = kernel.train_runs(
-        own_session,
-        runs,
-        [*runs, "earlier"],
-        lambda index, run: kernel.train_classifier(
-            own_session, run, labels, folds, sample / "train_images"
-        ),
-    )
-    assert len(steps) == 3 and list(histories) == [runs[0].name]
-    assert kept == runs[:1] and members == [runs[0], "earlier"]
-    assert list(own_session.warnings.values()) == [
-        f"{network}-{runs[0].name} ended early: it was interrupted. Its weights are those it began "
-        "with."
-        for network in ("baseline", "classifier")
-    ] + [f"Interrupted, the session goes on without {runs[1].name}."]
-    found = kernel.predict_presence(
-        runs[0], "classifier", [sample / "train_images" / labels.index[0]]
-    )
-    assert np.isfinite(found).all()
-
-
-@pytest.mark.parametrize("last", [9, 10**6])
-def test_the_decoded_images_are_forgotten_when_a_training_ends(
-    kernel, own_session, tiny, labels, paths, tmp_path, monkeypatch, last
-):
-    cache, sizes = {}, []
-    monkeypatch.setattr(kernel, "make_cache", lambda config, count: sizes.append(count) or cache)
-    steps = interrupt_at(kernel, monkeypatch, last)
-    count = kernel.Plan.count_validation
-    monkeypatch.setattr(
-        kernel.Plan,
-        "count_validation",
-        lambda plan, start: count(plan, start) or sizes.append(len(cache)),
-    )
-    config = kernel.replace(tiny, epochs=2)
-    with own_session.interrupt:
-        train_small(kernel, own_session, config, paths, labels, tmp_path)
-    assert len(steps) == min(last, 16) and sizes == [12] * (2 if last == 9 else 3) and cache == {}
-
-
-def test_a_second_ctrl_c_acts_as_usual(own_session):
-    with pytest.raises(KeyboardInterrupt), own_session.interrupt:
-        signal.raise_signal(signal.SIGINT)
-        assert own_session.interrupt.asked
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_progress_tells_the_time_left(kernel, monkeypatch, capsys):
-    times = iter([100, 110, 120, 150, 160])
-    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(times))
-    progress = kernel.Progress("Image", 7, done=2, pause=15)
-    for number in range(5):
-        progress.advance(f"({number})")
-    assert capsys.readouterr().out.splitlines() == [
-        "Image 5 of 7, 0.3 min left (2)",
-        "Image 6 of 7, 0.3 min left (3)",
-        "Image 7 of 7, 0.0 min left (4)",
-    ]
-
-
-def test_paper_trains_and_predicts(kernel, session, labels, paths, sample, tmp_path):
-    """The softmax path with the real networks; the notebook itself runs the path with sigmoids."""
-    sizes = {"image_size": (64, 96), "batch_size": 4, "epochs": 5, "folds": 3}
-    network = {"encoder": (0.5, 0.3), "encoder_weights": None, "learning_rate": 8.5e-3}
-    config = kernel.replace(kernel.PAPER, **sizes, **network)
-    config = kernel.suit(config, session.accelerator)
-    (run,) = kernel.list_runs(config, tmp_path)
-    folds = kernel.assign_folds(labels, 3, seed=0)
-    history = kernel.train_unet(session, run, labels, folds, sample / "train_images")
-    assert np.isfinite(history.to_numpy()).all()
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-    strategy = session.accelerator.strategy
-    unet = kernel.load_network(run, "unet", strategy)
-    predict = kernel.distribute(strategy, functools.partial(kernel.find_maps, unet, True))
-    maps = list(kernel.predict_maps(config, predict, paths[9:]))
-    assert len(maps) == 3 and maps[0].shape == (350, 525, 4)
-
-
-# Several replicas, and XLA
-
-REPLICAS = """
-import functools, numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-frozen = sys.argv[1] == "different"
-config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=4, precision=sys.argv[2])
-config = kernel.replace(config, learning_rate=0.1)  # so that three steps move the weights
-random = np.random.default_rng(0)
-steps = []
-for step in range(3):
-    images = random.integers(256, size=(4, 64, 96, 3), dtype=np.uint8)
-    planes = random.integers(16, size=(4, 64, 96), dtype=np.uint8)
-    if not frozen:  # both replicas see the same, so that their batch statistics are those of all
-        images[2:], planes[2:] = images[:2], planes[:2]
-    steps.append((tf.constant(images), tf.constant(planes)))
-loss = functools.partial(kernel.unet_loss, config)
-mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-found = []
-for strategy in (tf.distribute.get_strategy(), mirrored):
-    tf.keras.utils.set_random_seed(1)
-    with strategy.scope():
-        model = kernel.build_efficient_unet(config)
-    for layer in kernel.list_layers(model):
-        if isinstance(layer, kernel.StochasticDepth):
-            layer.rate = 0.0
-        if isinstance(layer, tf.keras.layers.BatchNormalization) and frozen:
-            layer.trainable = False
-    with strategy.scope():
-        optimizer = kernel.make_optimizer(config, 10, model.trainable_variables)
-    before = [weight.numpy() for weight in model.trainable_weights]
-    replicas = strategy.num_replicas_in_sync
-    step = kernel.distribute(strategy, kernel.make_step(model, loss, optimizer, replicas))
-    losses = [step(*batch).numpy() for batch in steps]
-    after = [weight.numpy() for weight in model.trainable_weights]
-    changed = max(np.abs(new - old).max() for new, old in zip(after, before))
-    found.append((replicas, losses, after, changed))
-(_, losses, weights, changed), (replicas, other_losses, other_weights, _) = found
-print("replicas", replicas, "losses", np.mean(losses, axis=1), "moved", changed)
-print("differences: losses", np.abs(np.subtract(losses, other_losses)).max())
-differences = [np.abs(a - b).max() for a, b in zip(weights, other_weights)]
-print("weights", max(differences))
-assert replicas == 2 and changed > 1e-3
-np.testing.assert_allclose(losses, other_losses, rtol=1e-4)
-for first, second in zip(weights, other_weights):
-    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3 * changed)
-"""
-
-
-@pytest.mark.parametrize(
-    ("halves", "precision"),
-    [("different", "float32"), ("equal", "float32"), ("different", "mixed_float16")],
-)
-def test_two_replicas_train_like_one_device_with_the_whole_batch(halves, precision):
-    """With different halves batch statistics are frozen, as each replica would have its own."""
-    done = run_python(REPLICAS, halves, precision)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-TWO = """
-import functools, numpy as np, tensorflow as tf
-from pathlib import Path
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-sample, output = Path(sys.argv[1]), Path(sys.argv[2])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-accelerator = kernel.replace(kernel.make_strategy({}), strategy=strategy)
-session = kernel.Session(accelerator, kernel.Clock(1000))
-labels = kernel.read_labels(sample / "train.csv")
-sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "folds": 3, "folds_to_run": ()}
-config = kernel.replace(kernel.SAMPLE, epochs=1, classifier_epochs=(1, 1), **sizes)
-config = kernel.suit(config, accelerator)
-(run,) = kernel.list_runs(config, output)
-run = kernel.fit_run(run, config, accelerator)
-labelled = labels, kernel.assign_folds(labels, 3, seed=0), sample / "train_images"
-kernel.train_classifier(session, run, *labelled)
-kernel.train_unet(session, run, *labelled)
-paths = [labelled[2] / name for name in labels.index[:5]]
-for network in ("baseline", "classifier"):
-    found = [kernel.predict_presence(run, network, paths, one) for one in (strategy, None)]
-    np.testing.assert_allclose(*found, rtol=1e-4)
-maps = []
-for one in (strategy, tf.distribute.get_strategy()):
-    unet = kernel.load_network(run, "unet", one)
-    predict = kernel.distribute(one, functools.partial(kernel.find_maps, unet, True))
-    maps.append(list(kernel.predict_maps(run.config, predict, paths)))
-assert np.shape(maps[0]) == (5, 350, 525, 4) and np.ptp(maps[0]) > 0
-assert np.abs(np.subtract(*np.array(maps, int))).max() <= 1
-"""
-
-
-def test_two_replicas_train_and_predict_from_end_to_end(sample, tmp_path):
-    done = run_python(TWO, sample, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list(tmp_path.glob("*.weights.h5"))) == 3
-
-
-@pytest.mark.parametrize("network", ["classifier", "unet"])
-def test_a_whole_training_step_compiles_for_a_tpu(kernel, tiny, network):
-    """XLA compiles it, with static shapes, and it does what TensorFlow's own step does."""
-    random = np.random.default_rng(0)
-    images = tf.constant(random.integers(256, size=(2, 64, 96, 3), dtype=np.uint8))
-    planes = tf.constant(random.integers(16, size=(2, 64, 96), dtype=np.uint8))
-    results = []
-    for compiled in (True, False):
-        tf.keras.utils.set_random_seed(0)
-        model = kernel.build_network(tiny, network)
-        measure = kernel.unet_loss if network == "unet" else kernel.classifier_loss
-        loss = functools.partial(measure, tiny)
-        optimizer = kernel.make_optimizer(tiny, 10, model.trainable_variables)
-        step = kernel.make_step(model, loss, optimizer, 1)
-        step = tf.function(step, autograph=False, jit_compile=compiled)
-        results.append([step(images, planes).numpy() for _ in range(2)])
-    assert step.get_concrete_function(images, planes).outputs[0].shape == (2,)
-    np.testing.assert_allclose(*results, rtol=2e-3)
-
-
-def test_a_prediction_compiles_for_a_tpu(kernel, tiny):
-    """With static shapes; and its resizing is TensorFlow's own, which XLA has not."""
-    model = kernel.build_efficient_unet(tiny)
-    images = np.random.default_rng(0).integers(256, size=(2, 64, 96, 3), dtype=np.uint8)
-    predict = functools.partial(kernel.find_maps, model, False)
-    predict = tf.function(predict, autograph=False, jit_compile=True)
-    maps = predict(tf.constant(images))
-    assert maps.shape == (2, 350, 525, 4)
-    resized = tf.image.resize(model(images, training=False), (350, 525), antialias=True)
-    assert np.abs(maps.numpy() - 255 * resized.numpy()).max() < 0.51
-
-
-@pytest.mark.parametrize(("length", "target"), [(1312, 350), (2080, 525), (64, 350)])
-def test_resizing_by_matrices_is_tensorflow_s(kernel, length, target):
-    line = np.random.default_rng(0).random((1, length, 1, 1)).astype(np.float32)
-    expected = tf.image.resize(line, (target, 1), antialias=True).numpy()[0, :, 0, 0]
-    found = kernel.resizing_weights(length, target) @ line[0, :, 0, 0]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_stochastic_depth_depends_on_the_step_and_the_layer_only(kernel):
-    maps = tf.ones((4000, 1, 1, 2))
-    layer, other = (kernel.StochasticDepth(0.3, name=name) for name in ("a_drop", "b_drop"))
-    first = layer(maps, training=True).numpy()
-    np.testing.assert_array_equal(first, layer(maps, training=True))
-    np.testing.assert_array_equal(first[..., 0], first[..., 1])
-    assert set(np.unique(first)) == {0, np.float32(1 / 0.7)}
-    assert 0.27 < (first == 0).mean() < 0.33
-    assert 0.4 < (first == other(maps, training=True).numpy()).mean() < 0.7
-    layer.steps = lambda: tf.constant(1, tf.int64)
-    assert 0.4 < (first == layer(maps, training=True).numpy()).mean() < 0.7
-    np.testing.assert_array_equal(layer(maps, training=False), maps)
-
-
-# The clock
+    folds = pd.Series(np.arange(12) // 8, labels.index)
+    members = [{"unet": plan(kernel, tiny, labels, tmp_path)}]
+    monkeypatch.setattr(kernel, "train", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(RuntimeError, match="No unet was trained"):
+        kernel.train_members(None, tiny, members, "unet", (labels, folds, Path()), 0)
 
 
 class Ticks:
-    """A time that passes by a second each time it is asked for."""
+    """A clock that is a second later each time that it is read."""
 
-    def __init__(self, each=1.0):
-        self.time, self.each = 0.0, each
+    def __init__(self):
+        self.time = 0
 
     def __call__(self):
-        self.time += self.each
+        self.time += 1
         return self.time
 
 
-def test_the_clock_counts_from_the_start_of_the_notebook(kernel):
-    now = Ticks(600)
-    clock = kernel.Clock(2, start=0, now=now)
-    assert [clock.left(), clock.left()] == [6600, 6000]
-
-
-def test_a_training_may_take_a_share_of_what_predictions_leave(kernel):
-    session = kernel.Session(None, kernel.Clock(1, start=0, now=lambda: 600))
-    assert session.allow(1.0, 0, 0, 5) == 3000
-    assert session.allow(0.5, 900, 80, 10) == 0.5 * (3000 - 900 - 1000)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "steps"),
-    [(1e6, 800), (2800, 733), (1500, 400), (1499, 399), (340, 80), (90, 10), (62, 0), (20, 0)],
-)
-def test_steps_are_planned_into_the_time(kernel, seconds, steps):
-    """Steps of 3 s, 80 in an epoch, and a validation of 60 s after each and after the last step."""
-    time = iter([100, 103, 106, 109, 200])
-    plan = kernel.Plan("unet", 10, 80, 200 + seconds, 60, lambda: next(time))
-    for _ in range(4):
-        plan.count_step()
-    plan.revise(0)
-    assert (plan.timed, plan.total) == (3, steps)
-    time_taken = 3 * steps + 60 * math.ceil(steps / 80)
-    assert time_taken <= seconds
-
-
-def test_training_ends_when_its_time_is_over_and_keeps_its_best_weights(
-    kernel, tiny, labels, paths, tmp_path, capsys
+@pytest.mark.usefixtures("small")
+def test_training_ends_when_its_time_is_over_says_so_and_goes_on_later(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, warnings
 ):
-    """Each look at the clock takes a second: a step one, a validation two."""
-    config = kernel.replace(tiny, epochs=500)
-    session = kernel.Session(kernel.make_strategy({}), kernel.Clock(1, start=0, now=Ticks()))
-    model, history = train_small(
-        kernel, session, config, paths, labels, tmp_path, allow=lambda seconds: 60
-    )
-    assert 1 < len(history) < 10 and history["step"].iloc[-1] < 70
-    measured = measure_loss(kernel, config, model, paths, labels)
-    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
-    assert "of 500 epochs are planned" in capsys.readouterr().out
-    assert not kernel.Files(tmp_path, "small").read()["finished"]
-
-
-def test_the_learning_rate_reaches_its_end_at_the_last_planned_step(
-    kernel, tiny, labels, paths, tmp_path, monkeypatch
-):
-    optimizers, make_optimizer = [], kernel.make_optimizer
+    """A look at the clock, and with it a step, takes a second."""
+    config, optimizers = kernel.replace(tiny, epochs=6), []
+    make_optimizer = kernel.make_optimizer
+    monkeypatch.setattr(kernel, "hash_code", lambda *functions: {})
     monkeypatch.setattr(
         kernel,
         "make_optimizer",
         lambda *arguments: optimizers.append(make_optimizer(*arguments)) or optimizers[-1],
     )
-    session = kernel.Session(kernel.make_strategy({}), kernel.Clock(1, start=0, now=Ticks()))
-    _, history = train_small(
-        kernel,
-        session,
-        kernel.replace(tiny, epochs=500),
-        paths,
-        labels,
-        tmp_path,
-        allow=lambda seconds: 60,
-    )
-    total = float(optimizers[0].inner_optimizer.total_steps)
-    assert total == history["step"].iloc[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.time, "monotonic", Ticks())
+        training, history = train(kernel, config, labels, paths, tmp_path, deadline=23)
+    steps = int(optimizers[0].iterations)
+    assert steps == 22 and len(history) == 3  # one second is for the validation
+    assert float(optimizers[0].total_steps) == steps  # the rate has reached its end
+    measured = measure_loss(kernel, config, training, paths, labels)
+    assert measured == pytest.approx(history["val_loss"].min(), rel=1e-5)
+    text = "was over after 22 of 48 steps of 1 s. A whole session has time for 450000.0 epochs"
+    assert text in warnings[training.folder.name]
+    _, history = train(kernel, config, labels, paths, tmp_path)
+    assert len(history) == 6 and not warnings and not (training.folder / "state").exists()
+    assert float(optimizers[1].total_steps) == 48
 
 
-def test_prediction_ends_before_the_clock_does(kernel, paths, monkeypatch):
-    monkeypatch.setattr(kernel, "make_masks", lambda maps, found, decide: np.ones((350, 525, 4)))
-    monkeypatch.setattr(kernel, "predict_together", lambda predictors, paths: [[0]] * len(paths))
-    monkeypatch.setattr(kernel, "average_maps", lambda several: None)
-    session = kernel.Session(None, kernel.Clock(1, start=0, now=Ticks(900)))
-    rles = kernel.predict_rles([], paths, np.zeros((12, 4)), None, session)
-    assert len(rles) == 4 * 4
-    warning = "The time is over: 8 test images are predicted to be empty."
-    assert list(session.warnings.values()) == [warning]
+@pytest.mark.parametrize(
+    ("time", "steps"), [(1e6, 800), (2454, 800), (2453, 799), (100, 15), (1, 2)]
+)
+def test_steps_are_planned_into_the_time(kernel, monkeypatch, time, steps):
+    """Steps of 3 s, and 20 steps' time that is kept back."""
+    clock = iter([100, 103])
+    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(clock))
+    budget = kernel.TimeBudget("unet", 800, 103 + time, 20)
+    optimizer = types.SimpleNamespace()
+    budget.model = types.SimpleNamespace(optimizer=optimizer, stop_training=False)
+    for done in (1, 2):
+        optimizer.iterations = tf.constant(done)
+        budget.on_train_batch_end(0)
+    assert budget.planned == optimizer.total_steps == steps
+    assert budget.model.stop_training == (steps == 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_batch_that_does_not_fit_is_halved_on_one_device(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, capsys
+):
+    config, fit, sizes = kernel.replace(tiny, batch_size=8), tf.keras.Model.fit, []
+
+    def fail(model, batches, **options):
+        sizes.append(batches.element_spec[0].shape[0])
+        if sizes[-1] > 2:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+        return fit(model, batches, **options)
+
+    monkeypatch.setattr(tf.keras.Model, "fit", fail)
+    _, history = train(kernel, config, labels, paths, tmp_path)
+    assert sizes == [8, 4, 2] and len(history) == 1
+    assert "a step of 8 images does not fit into memory" in capsys.readouterr().out
+    training = plan(kernel, config, labels, tmp_path / "several")
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    monkeypatch.setattr(tf.distribute.MirroredStrategy, "num_replicas_in_sync", 2)
+    with pytest.raises(MemoryError, match="Set batch_size to less than 8, or image_size"):
+        kernel.train(strategy, config, training, split(paths, labels), FOREVER)
+
+
+@pytest.mark.parametrize(
+    ("memory", "replicas", "precision", "size", "batch"),
+    [
+        (15.0, 2, "mixed_float16", (1312, 2080), 4),
+        (15.0, 1, "float32", (1312, 2080), 1),
+        (16.0, 8, "mixed_bfloat16", (1312, 2080), 16),
+        (1.0, 2, "float32", (1312, 2080), 2),  # at least one for each; it is tried
+        (15.0, 1, "mixed_float16", (320, 480), 32),
+    ],
+)
+def test_the_largest_batch_that_fits_is_taken(
+    kernel, labels, tmp_path, memory, replicas, precision, size, batch
+):
+    config = kernel.replace(kernel.BEST, precision=precision, image_size=size)
+    options = {"memory": memory, "replicas": replicas}
+    assert plan(kernel, config, labels, tmp_path, **options).batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size"),
+    [
+        ("efficientnetb0", (224, 336)),
+        ("efficientnetb1", (240, 360)),
+        ("efficientnetb2", (260, 390)),
+        ("efficientnetb3", (300, 450)),
+        ("efficientnetb4", (380, 570)),
+        ("efficientnetb5", (456, 684)),
+        ((1.0, 1.0), (224, 336)),
+        ((1.0, 1.3), (280, 420)),  # half way from B2 to B3
+        ((0.5, 0.3), (224, 336)),
+    ],
+)
+def test_classifiers_have_their_encoder_s_own_size(kernel, labels, tmp_path, encoder, size):
+    config = kernel.replace(kernel.BEST, encoders=(encoder,), precision="float32")
+    found = [plan(kernel, config, labels, tmp_path, network) for network in kernel.NETWORKS]
+    assert [training.size for training in found] == [size, size, (1312, 2080)]
+    assert [training.epochs for training in found] == [20, 20, 10]
+
+
+# Several replicas, and XLA
+
+REPLICAS = """
+import math, numpy as np, tensorflow as tf
+from pathlib import Path
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+tf.keras.mixed_precision.set_global_policy(sys.argv[3])
+sample, output, network = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4]
+labels = kernel.read_labels(sample / "train.csv")
+paths = [sample / "train_images" / name for name in labels.index]
+config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=4, precision=sys.argv[3])
+config = kernel.replace(config, epochs=2 if network == "small" else 1, hours=1000.0)
+
+def build(config, encoder, size):
+    if network == "small":
+        return tests.build_small(config, encoder, size)
+    model = kernel.build_efficient_unet(config, (0.2, 0.1), size)
+    for layer in model.get_layer(index=2).layers:
+        if hasattr(layer, "rate"):
+            layer.rate = 0.0
+        if isinstance(layer, tf.keras.layers.BatchNormalization):  # not by a replica's own part
+            layer.call = lambda inputs, training=None, call=layer.call: call(inputs, training=False)
+    return model
+
+kernel.NETWORKS["unet"] = build, kernel.unet_loss
+kernel.hash_code = lambda *functions: {}
+found = []
+for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+    replicas = strategy.num_replicas_in_sync
+    training = tests.plan(kernel, config, labels, output / str(replicas))
+    parts = [(paths[:8], labels[:8]), (paths[7:], labels[7:])]  # validation is uneven
+    kernel.train(strategy, config, training, parts, tests.FOREVER)
+    history = kernel.read_history(training)
+    with strategy.scope():
+        unet = kernel.load_network(config, training)
+        predictor = kernel.build_predictor(unet, network == "small")
+    maps = list(kernel.predict_maps(config, [(training, predictor)], *parts[1]))
+    found.append((history["val_loss"].iloc[-1], unet.get_weights(), np.array(maps)))
+    measured = tests.measure(kernel, config, training, *parts[1])
+    np.testing.assert_allclose(history["val_loss"].min(), measured, rtol=2e-4)
+(loss, weights, maps), (other_loss, other_weights, other_maps) = found
+moved = max(np.abs(w).max() for w in weights)
+differences = [np.abs(a - b).max() for a, b in zip(weights, other_weights)]
+print("loss", loss, other_loss, "weights", max(differences), "of", moved)
+assert maps.shape == other_maps.shape == (5, 2, 350, 525, 4)
+if network == "unet":
+    assert abs(loss - other_loss) < 1e-5 and max(differences) < 1e-5 * moved
+    assert np.abs(maps.astype(int) - other_maps).max() <= 1
+"""
+
+
+def measure(kernel, config, training, paths, labels):
+    """The loss of the kept weights on some images, in batches as a network sees them."""
+    model, losses = kernel.load_network(config, training), []
+    for path, rles in zip(paths, labels.to_numpy()):
+        image, plane = kernel.load_example(config, training.size, path, rles)
+        probabilities = tf.cast(model(image[None], training=False), tf.float32)
+        losses.append(float(kernel.unet_loss(config, tf.constant(plane[None]), probabilities)[0]))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize(
+    ("precision", "network"),
+    [("float32", "small"), ("mixed_float16", "small"), ("float32", "unet")],
+)
+def test_two_replicas_train_validate_and_predict_as_one(sample, tmp_path, precision, network):
+    done = run_python(REPLICAS, sample, tmp_path, precision, network)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_training_step_and_a_prediction_compile_with_xla(kernel, tiny):
+    """As a TPU needs it: nothing in them has a shape that depends on values."""
+    tf.keras.utils.set_random_seed(1)
+    model = kernel.build_efficient_unet(tiny, (0.3, 0.1), (64, 96))
+    loss = kernel.functools.partial(kernel.unet_loss, tiny)
+    model.compile(kernel.make_optimizer(tiny, 2, 10), loss, jit_compile=True, weighted_metrics=[])
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(2, 64, 96, 3), dtype=np.uint8)
+    planes = random.integers(16, size=(2, 64, 96), dtype=np.uint8)
+    assert np.isfinite(
+        model.fit(images, planes, epochs=2, batch_size=2, verbose=0).history["loss"]
+    ).all()
+    predictor = kernel.build_predictor(model, True)
+    compiled = tf.function(lambda images: predictor(images, training=False), jit_compile=True)
+    difference = compiled(images).numpy().astype(int) - predictor(images).numpy()
+    assert np.abs(difference).max() <= 1
+    large = tf.keras.layers.Input((704, 1056, 3), dtype=tf.uint8)
+    channels = tf.cast(tf.concat([large, large[..., :1]], axis=-1), tf.float32) / 255
+    predictor = kernel.build_predictor(tf.keras.Model(large, channels), False)
+    compiled = tf.function(lambda images: predictor(images), jit_compile=True)
+    assert compiled(np.zeros((1, 704, 1056, 3), np.uint8)).shape == (1, 350, 525, 4)
 
 
 # Going on
 
 KILLED = """
-import os, signal, pandas as pd
+import math, os, signal, shutil, tensorflow as tf
 from pathlib import Path
-sample, output, when = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+sample, output, when, earlier = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+kernel.NETWORKS["unet"] = tests.build_small, kernel.unet_loss
 labels = kernel.read_labels(sample / "train.csv")
-folds = kernel.assign_folds(labels, 3, seed=0)
-session = kernel.Session(kernel.make_strategy({}), kernel.Clock(1000))
-sizes = {"image_size": (64, 96), "batch_size": 4, "epochs": 3, "folds": 3}
-config = kernel.suit(kernel.replace(kernel.SAMPLE, **sizes, folds_to_run=()), session.accelerator)
-(run,) = kernel.list_runs(config, output)
+paths = [sample / "train_images" / name for name in labels.index]
+config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), batch_size=2, epochs=3)
+config = kernel.replace(config, precision="float32", hours=1000.0, held_out=(0,))
+calls, callbacks = {}, tf.keras.callbacks
 
-class Dying(kernel.Plan):
-    steps_done = 0
-    def count_step(self):
-        super().count_step()
-        Dying.steps_done += 1
-        if when == "in the second epoch" and Dying.steps_done == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class DyingRecord(kernel.Record):
-    def add(self, row):
-        if when == "before the second state" and len(self.epochs) == 1:
-            (self.files.state / "ckpt-2_temp").mkdir()  # as TensorFlow does when it begins to save
-            self.manager.save = lambda: os.kill(os.getpid(), signal.SIGKILL)
-        super().add(row)
-
-kernel.Plan, kernel.Record = Dying, DyingRecord
-history = kernel.train_unet(session, run, labels, folds, sample / "train_images")
-print(history.to_csv())
-"""
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, sample):
-    """The folder of a training of EfficientUNet that was never killed."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    done = run_python(KILLED, sample, folder, "never")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("when", "elsewhere"), [("in the second epoch", False), ("before the second state", True)]
-)
-def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(
-    kernel, sample, tmp_path, uninterrupted, when, elsewhere
-):
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    assert run_python(KILLED, sample, killed, when).returncode == -signal.SIGKILL
-    folder = killed
-    code = KILLED
-    if elsewhere:  # attached to another session
-        folder = tmp_path / "other"
-        folder.mkdir()
-        code = code.replace("kernel.Clock(1000))", f"kernel.Clock(1000), (Path({str(killed)!r}),))")
-    done = run_python(code, sample, folder, "never")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"goes on after 4 steps, in {killed}" in done.stdout
-    name = "unet-efficientnet-0.5-0.3-fold0"
-    histories = [(path / f"{name}.csv").read_text() for path in (uninterrupted, folder)]
-    assert histories[0] == histories[1]
-    networks = []
-    for path in (uninterrupted, folder):
-        sizes = {"image_size": (64, 96), "precision": "float32"}
-        model = kernel.build_efficient_unet(kernel.replace(kernel.SAMPLE, **sizes))
-        model.load_weights(path / f"{name}.weights.h5")
-        networks.append(model.get_weights())
-    for first, second in zip(*networks):
-        np.testing.assert_array_equal(first, second)
-    assert [path.name for path in (folder / f"{name}.state").iterdir()] == ["training.json"]
-
-
-def test_a_finished_training_is_not_repeated(
-    kernel, session, tiny, labels, paths, tmp_path, monkeypatch
-):
-    model, history = train_small(kernel, session, tiny, paths, labels, tmp_path)
-    monkeypatch.setattr(kernel, "make_step", None)
-    again, same = train_small(kernel, session, tiny, paths, labels, tmp_path)
-    pd.testing.assert_frame_equal(history, same)
-    for first, second in zip(model.get_weights(), again.get_weights()):
-        np.testing.assert_array_equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"epochs": 2}, "epochs"), ({"seed": 1, "rotation_limit": 5}, "rotation_limit, seed")],
-)
-def test_another_training_begins_anew_and_says_why(
-    kernel, session, tiny, labels, paths, tmp_path, capsys, change, named
-):
-    train_small(kernel, session, tiny, paths, labels, tmp_path)
-    other = kernel.replace(tiny, **change)
-    _, history = train_small(kernel, session, other, paths, labels, tmp_path)
-    assert f"is not gone on with: other {named}\n" in capsys.readouterr().out
-    assert len(history) == other.epochs and history["step"].iloc[0] == 8
-
-
-def test_other_labels_are_another_training(kernel, session, tiny, labels, paths, tmp_path, capsys):
-    train_small(kernel, session, tiny, paths, labels, tmp_path)
-    changed = labels.copy()
-    changed.iloc[0, 0] = "1 1"
-    train_small(kernel, session, tiny, paths, changed, tmp_path)
-    assert "other labels" in capsys.readouterr().out
-
-
-def test_what_does_not_shape_a_training_may_change(
-    kernel, session, tiny, labels, paths, tmp_path, monkeypatch
-):
-    train_small(kernel, session, tiny, paths, labels, tmp_path)
-    monkeypatch.setattr(kernel, "make_step", None)
-    other = kernel.replace(tiny, threads=7, hours=3, decision="threshold", flips=False)
-    train_small(kernel, session, other, paths, labels, tmp_path)
-
-
-def test_with_training_switched_off_the_weights_are_loaded(
-    kernel, session, tiny, labels, paths, tmp_path
-):
-    model, history = train_small(kernel, session, tiny, paths, labels, tmp_path)
-    before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
-    off = kernel.replace(tiny, train=False, seed=7, epochs=9)
-    other, same = train_small(kernel, session, off, paths, labels, tmp_path)
-    pd.testing.assert_frame_equal(history, same)
-    for first, second in zip(model.get_weights(), other.get_weights()):
-        np.testing.assert_array_equal(first, second)
-    assert before == {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
-
-
-@pytest.mark.parametrize("part", ["state", "weights", "history"])
-def test_a_training_whose_files_are_damaged_begins_anew_and_says_why(
-    kernel, own_session, tiny, labels, paths, tmp_path, part, capsys
-):
-    """As when an attached output was not copied whole."""
-    config = kernel.replace(tiny, epochs=3)
-    own = kernel.Session(kernel.make_strategy({}), kernel.Clock(1, start=0, now=Ticks()))
-    (tmp_path / "second").mkdir()
-    arguments = kernel, own, config, paths, labels
-    train_small(*arguments, tmp_path / "second", allow=lambda seconds: 20)
-    files = {"state": "small.state/ckpt-*.data*", "weights": "*.h5", "history": "*.csv"}
-    (damaged,) = (tmp_path / "second").glob(files[part])
-    os.truncate(damaged, damaged.stat().st_size // 2)
-    session = kernel.replace(own_session, earlier=(tmp_path / "second",))
-    (tmp_path / "third").mkdir()
-    capsys.readouterr()
-    _, history = train_small(kernel, session, config, paths, labels, tmp_path / "third")
-    assert f"small in {tmp_path / 'second'} is not gone on with: " in capsys.readouterr().out
-    assert list(history["step"]) == [8, 16, 24]
-
-
-# Killed while writing
-
-DIE = """
-import os, signal
-from pathlib import Path
-
-def die_in(place, name, number, half):
-    calls, whole = [], getattr(place, name)
+def die(place, name, number, half=lambda *arguments: None):
+    whole = getattr(place, name)
     def count(*arguments, **options):
-        calls.append(1)
-        if len(calls) == number:
+        calls[name] = calls.get(name, 0) + 1
+        if calls[name] == number:
             half(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*arguments, **options)
     setattr(place, name, count)
 
-def write_half(path, text):
-    Path(path).write_bytes(text.encode()[: len(text) // 2])
-"""
-WRITING = (
-    DIE
-    + """
-import test_training
-sample, output, when, earlier = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
-labels = kernel.read_labels(sample / "train.csv")
-paths = [sample / "train_images" / name for name in labels.index]
-session = kernel.Session(kernel.make_strategy({}), kernel.Clock(1000), tuple(map(Path, earlier)))
-config = kernel.replace(kernel.SAMPLE, image_size=(64, 96), classifier_size=(64, 96))
-config = kernel.suit(kernel.replace(config, batch_size=2, epochs=3), session.accelerator)
-if when == "in the best weights":  # the third time, in the second epoch
-    die_in(kernel.tf.keras.Model, "save_weights", 3, lambda model, path: write_half(path, "HDF"))
-elif when == "before the best weights are renamed":  # all that was written before is three files
-    die_in(os, "replace", 6, lambda *paths: None)
-elif when == "in the history":
-    die_in(Path, "write_text", 4, write_half)
-elif when == "in the state":
-    half = lambda manager: write_half(output / "small.state/ckpt-2.data-00000-of-00001", "abc")
-    die_in(kernel.tf.train.CheckpointManager, "save", 2, half)
+def write_half(model, path, **options):
+    Path(path).write_bytes(b"HDF")
+
+if when == "in the second epoch":
+    die(kernel.TimeBudget, "on_train_batch_end", 11)
+elif when == "in the best weights":
+    die(tf.keras.Model, "save_weights", 2, write_half)
+elif when == "before the state":
+    die(callbacks.BackupAndRestore, "on_epoch_end", 2)
 elif when == "while copying":
-    die_in(kernel.shutil, "copyfile", 1, lambda source, target: write_half(target, "HDF"))
-elif when == "while finishing":
-    die_in(Path, "unlink", 1, lambda path: None)
-test_training.train_small(kernel, session, config, paths, labels, output)
+    die(shutil, "copyfile", 3)
+options = {"earlier": [Path(place) for place in earlier]}
+training, history = tests.train(kernel, config, labels, paths, output, **options)
+print(training.folder.name, len(history))
 """
-)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, sample):
+    """The output of a training that was never killed."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    done = run_python(KILLED, sample, output, "never")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def find_files(output):
+    """The names of the files in an output, without what is only of the moment."""
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(
-    "when",
+    ("when", "elsewhere"),
     [
-        "in the best weights",
-        "before the best weights are renamed",
-        "in the history",
-        "in the state",
-        "while copying",
-        "while finishing",
+        ("in the second epoch", True),
+        ("in the best weights", False),
+        ("before the state", True),
+        ("while copying", True),
     ],
 )
-def test_whenever_a_training_is_killed_no_file_is_half_and_it_ends_as_if_it_had_not_been(
-    kernel, own_session, tiny, labels, paths, sample, tmp_path, when
+def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(
+    sample, tmp_path, uninterrupted, when, elsewhere
 ):
-    config = kernel.replace(tiny, epochs=3)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    expected, history = train_small(kernel, own_session, config, paths, labels, whole)
-    attached = (whole,) if when == "while copying" else ()
-    done = run_python(WRITING, sample, killed, when, *attached)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    left = {path.name for path in killed.iterdir() if not path.name.startswith("part.")}
+    """Begun again in its place, or in another with the killed one's output attached, read-only."""
+    killed, folder = tmp_path / "killed", tmp_path / "killed"
     if when == "while copying":
-        assert left == set()
+        done = run_python(KILLED, sample, killed, "in the second epoch")
+        assert done.returncode == -signal.SIGKILL
+    if elsewhere:
+        folder = tmp_path / "other"
+    if when == "while copying":
+        assert run_python(KILLED, sample, folder, when, killed).returncode == -signal.SIGKILL
+        assert find_files(folder / "members") == []
     else:
-        assert left == {"small.weights.h5", "small.csv", "small.state"}
-        known = kernel.Files(killed, "small").read()
-        assert known["finished"] == (when == "while finishing")
-        assert kernel.find_damage(kernel.Files(killed, "small"), known["finished"]) is None
-        build_small(config).load_weights(killed / "small.weights.h5")
-        rows = kernel.read_history(killed / "small.csv").set_index("epoch")
-        assert len(rows) == {"in the state": 2, "while finishing": 3}.get(when, 1)
-        pd.testing.assert_frame_equal(rows, history.iloc[: len(rows)])
-    session = kernel.replace(own_session, earlier=attached)
-    model, again = train_small(kernel, session, config, paths, labels, killed)
-    pd.testing.assert_frame_equal(again, history)
-    for first, second in zip(model.get_weights(), expected.get_weights()):
-        np.testing.assert_array_equal(first, second)
+        done = run_python(KILLED, sample, killed, when)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    for path in killed.rglob("*"):
+        path.chmod(0o555 if path.is_dir() or elsewhere else 0o644)
+    attached = [killed] if elsewhere else []
+    for path in killed.rglob("*") if not elsewhere else []:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    done = run_python(KILLED, sample, folder, "never", *attached)
+    assert done.returncode == 0, done.stderr[-2000:]
+    known = {"before the state": 2, "in the best weights": 0}.get(when, 1)  # what was written
+    assert f"{known} of 3 epochs are done" in done.stdout
+    (first,), (second,) = (list(place.glob("members/*")) for place in (uninterrupted, folder))
+    assert first.name == second.name
+    assert_equal(*(read_arrays(path / "weights.h5") for path in (first, second)))
+    histories = [pd.read_csv(path / "history.csv") for path in (first, second)]
+    histories = [history.drop_duplicates("epoch", keep="last") for history in histories]
+    pd.testing.assert_frame_equal(*(history.reset_index(drop=True) for history in histories))
+    assert {path.name for path in second.iterdir()} == {
+        "settings.json",
+        "history.csv",
+        "weights.h5",
+    }
 
 
-REPLACING = (
-    DIE
-    + """
-path, when = Path(sys.argv[1]), sys.argv[2]
-figure, axes = kernel.plt.subplots()
-if when == "in the file":
-    die_in(Path, "write_text", 1, write_half)
-    die_in(type(figure), "savefig", 1, lambda figure, path: write_half(path, "PNG"))
-elif when == "before the rename":
-    die_in(os, "replace", 1, lambda *paths: None)
-if path.suffix == ".png":
-    kernel.save_figure(figure, path)
-else:
-    kernel.write_submission({"a.jpg_Fish": "1 5"}, path.with_name("sample.csv"), path)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-)
+def read_arrays(path):
+    """All arrays of an HDF5 file, in the order of their names."""
+    import h5py
+
+    arrays = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, part: arrays.append(part[()]) if hasattr(part, "shape") else None
+        )
+    return arrays
 
 
-@pytest.mark.parametrize("name", ["figure.png", "submission.csv"])
-@pytest.mark.parametrize("when", ["in the file", "before the rename", "after the rename"])
-def test_whenever_writing_is_killed_the_old_file_or_the_new_one_is_there(
-    kernel, tmp_path, when, name
+# Taken over or not
+
+
+def helper(config, encoder, size):
+    """What a builder of ours calls."""
+    return build_small(config, encoder, size)
+
+
+def build_with_helper(config, encoder, size):
+    """A network that another function builds."""
+    return helper(config, encoder, size)
+
+
+def test_code_is_hashed_with_all_that_it_uses_but_not_its_comments(kernel, tmp_path, monkeypatch):
+    plain = "SIZE = 3\ndef inner():\n    return SIZE\ndef outer():\n    return inner()\n"
+    source = {
+        "plain": plain,
+        "commented": plain.replace("    return SIZE", '    """Text."""\n    return  SIZE  # why'),
+        "other constant": plain.replace("3", "4"),
+        "other inner": plain.replace("return SIZE", "return -SIZE"),
+    }
+    hashes = {}
+    for number, (name, text) in enumerate(source.items()):
+        path = tmp_path / f"module{number}.py"
+        path.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        hashes[name] = kernel.hash_code(__import__(path.stem).outer)
+    plain = hashes["plain"]
+    assert set(plain) == {"outer", "inner", "SIZE"} and hashes["commented"] == plain
+    for name, changed in (("other constant", "SIZE"), ("other inner", "inner")):
+        assert {key for key in plain if hashes[name][key] != plain[key]} == {changed}
+
+
+def test_the_code_that_shapes_a_network_is_all_of_ours_up_to_the_optimiser(kernel):
+    names = kernel.hash_code(*kernel.NETWORKS["unet"], kernel.make_dataset, kernel.make_optimizer)
+    expected = (
+        "unet_loss exclude_overlaps cross_entropy split_planes build_efficient_unet build_part "
+    )
+    expected += "name_encoder make_dataset plan_epoch load_example make_augmentation read_image "
+    expected += "read_plane decode_rle parse_rle make_optimizer CLASSES AS_IS ORIGINAL_SIZE"
+    assert set(names) == set(expected.split())
+
+
+def edit(kernel, monkeypatch):
+    """As if the loss were edited."""
+    hash_code = kernel.hash_code
+    monkeypatch.setattr(kernel, "hash_code", lambda *f: {**hash_code(*f), "unet_loss": 1})
+
+
+@pytest.mark.usefixtures("small")
+def test_a_network_of_other_code_is_not_taken_over_unless_it_is_wished(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, capsys, warnings
 ):
-    rows = "".join(f"a.jpg_{name},\n" for name in kernel.CLASSES)
-    (tmp_path / "sample.csv").write_text("Image_Label,EncodedPixels\n" + rows)
-    path = tmp_path / name
-    path.write_text("old")
-    done = run_python(REPLACING, path, when)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    if when != "after the rename":
-        assert path.read_text() == "old"
-    elif name == "figure.png":
-        assert kernel.plt.imread(path).ndim == 3
-    else:
-        table = kernel.check_submission(path, tmp_path / "sample.csv")
-        assert table["EncodedPixels"].tolist() == ["1 5", "", "", ""]
+    training, _ = train(kernel, tiny, labels, paths, tmp_path)
+    edit(kernel, monkeypatch)
+    capsys.readouterr()
+    other, _ = train(kernel, tiny, labels, paths, tmp_path)
+    out = capsys.readouterr().out
+    assert f"{training.folder} is not used: other code of unet_loss\n" in out
+    assert other.folder != training.folder and "0 of 1 epochs are done" in out
+    shutil.rmtree(other.folder)
+    monkeypatch.setattr(kernel.tf.keras.Model, "fit", None)
+    wished = kernel.replace(tiny, other_code=True)
+    assert train(kernel, wished, labels, paths, tmp_path)[0] == training
+    (warning,) = warnings.values()
+    assert warning == f"{training.folder} is taken over, with other code of unet_loss."
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 2}, "epochs"),
+        ({"seed": 1, "rotation_limit": 5.0}, "rotation_limit, seed"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"image_size": (32, 64)}, "size"),
+        ({"cross_entropy_weight": 0.5}, "cross_entropy_weight"),
+    ],
+)
+def test_another_training_begins_anew_and_says_why(
+    kernel, tiny, labels, paths, tmp_path, capsys, change, named
+):
+    training, _ = train(kernel, tiny, labels, paths, tmp_path)
+    wished = kernel.replace(tiny, other_code=True)  # it is not only the code
+    other = plan(kernel, kernel.replace(wished, **change), labels, tmp_path)
+    assert other.folder != training.folder and not (other.folder / "weights.h5").exists()
+    found = capsys.readouterr().out.rpartition("is not used: other ")[2].strip()
+    assert ", ".join(sorted(found.split(", "))) == named
+
+
+@pytest.mark.usefixtures("small")
+def test_other_labels_are_another_training(kernel, tiny, labels, tmp_path, capsys):
+    first = plan(kernel, tiny, labels, tmp_path)
+    changed = labels.copy()
+    changed.iloc[0, 0] = "1 1"
+    assert plan(kernel, tiny, changed, tmp_path) != first
+    assert "other labels" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_what_does_not_shape_a_network_may_change(kernel, tiny, labels, tmp_path):
+    own = {"hours": 3.0, "decision": "half", "flips": False, "gate_recall": 0.5, "held_out": (0, 1)}
+    other = kernel.replace(tiny, **own, precision="mixed_float16")
+    assert plan(kernel, tiny, labels, tmp_path) == plan(kernel, other, labels, tmp_path)
+    classifiers = {
+        "classifier_epochs": (5, 3),
+        "classifier_batch_size": 2,
+        "classifier_size": (32, 64),
+    }
+    other = kernel.replace(tiny, **classifiers)
+    assert plan(kernel, tiny, labels, tmp_path) == plan(kernel, other, labels, tmp_path)
+    unet = {"epochs": 7, "batch_size": 6, "image_size": (32, 64), "cross_entropy_weight": 0.1}
+    for network in ("baseline", "classifier"):
+        first, second = (
+            plan(kernel, config, labels, tmp_path, network)
+            for config in (tiny, kernel.replace(tiny, **unet))
+        )
+        assert first == second
+    other = kernel.replace(tiny, classifier_epochs=(tiny.classifier_epochs[0], 3))
+    same = [
+        plan(kernel, tiny, labels, tmp_path, network).folder
+        == plan(kernel, other, labels, tmp_path, network).folder
+        for network in ("baseline", "classifier")
+    ]
+    assert same == [True, False]
+
+
+@pytest.mark.usefixtures("small")
+def test_members_of_earlier_sessions_are_copied_whole(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch
+):
+    training, history = train(kernel, tiny, labels, paths, tmp_path / "earlier")
+    half = tmp_path / "now" / "part"
+    half.mkdir(parents=True)  # what a killed session has left
+    (half / "old").touch()
+    monkeypatch.setattr(kernel.tf.keras.Model, "fit", None)
+    earlier = [tmp_path / "none", tmp_path / "earlier"]
+    copied, same = train(kernel, tiny, labels, paths, tmp_path / "now", earlier=earlier)
+    assert copied.folder == tmp_path / "now" / "members" / training.folder.name
+    pd.testing.assert_frame_equal(history, same)
+    assert find_files(training.folder) == find_files(copied.folder)
+    assert_equal(read_weights(kernel, tiny, training), read_weights(kernel, tiny, copied))
+
+
+def test_folders_without_whole_settings_are_passed_over(kernel, tiny, labels, tmp_path):
+    first = plan(kernel, tiny, labels, tmp_path / "a")
+    for name, text in (("x", None), ("y", "{"), ("z", "")):
+        folder = tmp_path / "b" / "members" / name
+        folder.mkdir(parents=True)
+        if text is not None:
+            (folder / "settings.json").write_text(text)
+    second = plan(kernel, tiny, labels, tmp_path / "b")
+    assert second.folder.name == first.folder.name
+    settings = json.loads((second.folder / "settings.json").read_text())
+    assert settings["training"] == second.folder.name[:-9] and settings["seed"] == tiny.seed
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_that_do_not_fit_are_named(kernel, tiny, labels, paths, tmp_path):
+    training, _ = train(kernel, tiny, labels, paths, tmp_path)
+    os.truncate(training.folder / "weights.h5", 999)
+    with pytest.raises(ValueError, match=f"The weights in {training.folder} do not fit: "):
+        kernel.load_network(tiny, training)
+
+
+def test_baseline_trains_the_head_and_fine_tuning_all(kernel, tiny, labels, paths, tmp_path):
+    config = kernel.replace(tiny, classifier_epochs=(1, 1), activation="softmax")
+    folds = pd.Series(np.arange(12) // 8, labels.index)
+    config = kernel.replace(config, held_out=(1,))
+    names = ("baseline", "classifier")
+    members = [{name: plan(kernel, config, labels, tmp_path, name) for name in names}]
+    strategy, labelled = tf.distribute.get_strategy(), (labels, folds, paths[0].parent)
+    for name in names:
+        assert kernel.train_members(strategy, config, members, name, labelled, FOREVER) == members
+    (member,) = members
+    tf.keras.utils.set_random_seed(config.seed)
+    fresh = kernel.build_classifier(config, (0.5, 0.3), (64, 96))
+    weights = [fresh, *(kernel.load_network(config, member[name]) for name in names)]
+    first, second, third = (model.get_weights() for model in weights)
+    changed = [not np.array_equal(*pair) for pair in zip(first, second)]
+    assert changed == [False] * (len(first) - 2) + [True] * 2  # the last layer's two
+    assert np.mean([not np.array_equal(*pair) for pair in zip(second, third)]) > 0.8
+    found = kernel.predict_presence(strategy, config, member["classifier"], paths[:3], labels[:3])
+    assert list(found.index) == list(labels.index[:3]) and list(found) == list(kernel.CLASSES)
+    for path, row in zip(paths, found.to_numpy()):
+        expected = weights[2](kernel.read_image(path, (64, 96))[None])
+        np.testing.assert_allclose(row, expected[0], rtol=1e-4)

@@ -1,23 +1,25 @@
-"""Compare the ways to decide on a simulated network over real masks.
+"""Compare the ways to decide on a network's counts, or on a simulated network over real masks.
 
+    PYTHONPATH=tests python tests/benchmarks/decision.py COUNTS.npz ...
     PYTHONPATH=tests python tests/benchmarks/decision.py TRAIN_CSV [IMAGES]
 
-No network is trained: its maps are made from the true masks, shifted, zoomed, blurred and mixed
-with smooth noise, and where a class is absent from another image's mask of it. How sure a map is
-follows the same evidence as the classifier's probability of presence, which has a chosen area under
-the curve and is miscalibrated in a known way. So the scores say how the ways compare on such maps,
-and nothing about a leaderboard.
+COUNTS.npz holds `areas` and `overlaps`, int (images, classes, 256), as count_pixels counts them,
+and `presence`, float (images, classes), a measure of presence from 0 to 1.
+
+Else no network is trained: its maps are made from the true masks, shifted, zoomed, blurred and
+mixed with smooth noise, and where a class is absent from another image's mask of it. How sure a map
+is follows the same evidence as the classifier's probability of presence, which has a chosen area
+under the curve and is miscalibrated in a known way. So the scores say how the ways compare on such
+maps, and nothing about a leaderboard.
 
 Prints each way's Dice on images that its rules did not learn on, with the 95 % interval of the gain
-over the way before it and over "threshold and area"; and what each takes, beside the loops of
-public kernels: thresholds times minimum sizes, with connected components for each.
+over "threshold and area"; and what each takes, beside the loops of public kernels: thresholds times
+minimum sizes, with connected components for each.
 """
 
 import itertools
-import resource
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -58,7 +60,8 @@ def simulate(labels, curve, shift, blur, noise, contrast, seed=0):
     donors = [np.flatnonzero(column) for column in present.T]
     distance = np.sqrt(2) * norm.ppf(curve)  # of the evidence with and without the class
     for there, encoded in zip(present, rles):
-        masks = KERNEL.split_plane(KERNEL.read_plane(encoded, KERNEL.SUBMISSION_SIZE))
+        plane = KERNEL.read_plane(encoded, KERNEL.SUBMISSION_SIZE)
+        masks = KERNEL.split_planes(plane).numpy()
         evidence = np.where(there, 0.5, -0.5) * distance + random.standard_normal(4)
         calibrated = logit(present.mean(axis=0)) + distance * evidence
         presence = expit(0.6 * calibrated + 0.3)
@@ -78,40 +81,37 @@ def simulate(labels, curve, shift, blur, noise, contrast, seed=0):
         yield np.rint(255 * maps).astype(np.uint8), masks, presence
 
 
-def compare(config, labels, setting):
-    """Count the maps of a setting, decide in all ways, and print scores and times."""
-    counts, probabilities, seconds, shaped_seconds = [], [], 0.0, 0.0
-    for maps, masks, presence in simulate(labels, **setting):
-        start = time.perf_counter()
-        KERNEL.count_pixels(maps, masks)
-        middle = time.perf_counter()
-        counts.append(KERNEL.count_pixels(maps, masks, shapes=True))
-        seconds += middle - start
-        shaped_seconds += time.perf_counter() - middle
-        probabilities.append(presence)
-    (areas, overlaps), presence = np.stack(counts, axis=1), np.stack(probabilities)
-    plain, shaped = (1000 * x / presence.size for x in (seconds, shaped_seconds))
-    print(f"tables: {plain:.2f} ms a map, {shaped:.2f} with shapes")
-    decisions = KERNEL.cross_validate(config, KERNEL.WAYS, areas, overlaps, presence)
+def compare(config, areas, overlaps, presence):
+    """Decide in all ways, on images that the rules did not learn on, and print scores and times."""
+    there = overlaps[..., 0] > 0
+    decisions = {"all masks empty": np.full(there.shape, KERNEL.EMPTY)}
+    decisions |= KERNEL.cross_validate(config, areas, overlaps, presence)
     scores = {way: KERNEL.score_decisions(areas, overlaps, x) for way, x in decisions.items()}
-    print(KERNEL.compare_ways(scores, config.seed).round(4).to_string())
-    random = np.random.default_rng(config.seed)
-    for way in list(KERNEL.WAYS)[3:]:
-        differences = (scores[way] - scores["threshold and area"]).mean(axis=1)
-        gain, low, high = KERNEL.bound_difference(differences, random)
-        print(f"{way}, over threshold and area: {gain:+.4f} [{low:+.4f}, {high:+.4f}]")
+    base = scores["threshold and area"]
+    for way, score in scores.items():
+        gain, low, high = KERNEL.bound_difference(score, base, config.seed)
+        over = f"over threshold and area {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+        print(f"{way:20} {score.mean():.4f}  {over}")
     for way, learn in KERNEL.WAYS.items():
         start = time.perf_counter()
         decide = learn(config, areas, overlaps, presence)
         middle = time.perf_counter()
         decide(areas, presence)
         end = time.perf_counter()
-        tracemalloc.start()
-        learn(config, areas, overlaps, presence)(areas, presence)
-        peak = tracemalloc.get_traced_memory()[1] / 2**20
-        tracemalloc.stop()
-        times = f"learns in {middle - start:.2f} s, decides in {end - middle:.2f} s"
-        print(f"{way}: {times}, {peak:.0f} MiB beyond the tables")
+        print(f"{way}: learns in {middle - start:.2f} s, decides in {end - middle:.2f} s")
+
+
+def count_simulated(labels, setting):
+    """The areas, overlaps and presence of a setting, and the milliseconds to count a map."""
+    areas, overlaps, probabilities, seconds = [], [], [], 0.0
+    for maps, masks, presence in simulate(labels, **setting):
+        start = time.perf_counter()
+        areas.append(KERNEL.count_pixels(maps))
+        overlaps.append(KERNEL.count_pixels(maps, masks))
+        seconds += time.perf_counter() - start
+        probabilities.append(presence)
+    print(f"tables: {1000 * seconds / len(areas) / 4:.2f} ms a map")
+    return np.stack(areas), np.stack(overlaps), np.stack(probabilities)
 
 
 def search_in_loops(maps, masks, thresholds, sizes):
@@ -128,30 +128,32 @@ def search_in_loops(maps, masks, thresholds, sizes):
                 inside = components == component
                 if inside.sum() > size:
                     predicted[inside] = 1
-            scores[row, column] += KERNEL.dice(truth, predicted) / len(maps)
+            overlap, total = (truth * predicted).sum(), truth.sum() + predicted.sum()
+            scores[row, column] += KERNEL.dice(overlap, total) / len(maps)
     return scores
 
 
 def main(path, images):
     """Print the comparison for each setting, and the time of the loops on eight images."""
     labels = KERNEL.read_labels(path)
-    order = np.random.default_rng(0).permutation(len(labels))[:images]
-    labels = labels.iloc[order]
+    labels = labels.iloc[np.random.default_rng(0).permutation(len(labels))[:images]]
     for name, setting in SETTINGS.items():
         print(f"\n{name}: {len(labels)} images, {setting}")
-        compare(KERNEL.BEST, labels, setting)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak memory of all of this: {peak:.2f} GiB")
+        compare(KERNEL.BEST, *count_simulated(labels, setting))
     few = list(itertools.islice(simulate(labels, **SETTINGS["middle"]), 8))
     maps, masks = (np.stack([example[part][..., 0] for example in few]) for part in (0, 1))
     start = time.perf_counter()
     search_in_loops(maps, masks, range(96, 224, 32), range(0, 20000, 5000))
     cells = (time.perf_counter() - start) / (16 * len(few))
-    print(
-        f"loops: {1000 * cells:.1f} ms a map and cell, {cells * 100 * 4 * len(labels) / 60:.0f} min"
-    )
-    print("for a grid of 100 cells on all of these maps (extrapolated from eight)")
+    minutes = cells * 100 * 4 * len(labels) / 60
+    print(f"loops: {1000 * cells:.1f} ms a map and cell, {minutes:.0f} min for a grid of 100 cells")
+    print("on all of these maps (extrapolated from eight)")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    if sys.argv[1].endswith(".npz"):
+        for counts in map(np.load, sys.argv[1:]):
+            print(f"\n{len(counts['areas'])} images")
+            compare(KERNEL.BEST, *(counts[name] for name in ("areas", "overlaps", "presence")))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

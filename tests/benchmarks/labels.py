@@ -5,6 +5,7 @@ PYTHONPATH=tests python tests/benchmarks/labels.py TRAIN_CSV
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -50,4 +51,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ Predicts the sample's test images again and again, in a process for each number 
 untrained network at 128 x 192, and prints the peak of that process's memory.
 """
 
-import functools
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from conftest import KERNEL
 
 SAMPLE = Path(__file__).parents[1] / "sample" / "test_images"
@@ -21,11 +21,10 @@ SAMPLE = Path(__file__).parents[1] / "sample" / "test_images"
 
 def predict(count):
     """Predict `count` images from the decoding to the encoded masks; print the peak in bytes."""
-    accelerator = KERNEL.make_strategy({})
-    config = KERNEL.suit(KERNEL.SAMPLE, accelerator)
-    model = KERNEL.build_efficient_unet(config)
-    maps = functools.partial(KERNEL.find_maps, model, True)
-    predictors = [(config, KERNEL.distribute(accelerator.strategy, maps))]
+    config = KERNEL.replace(KERNEL.SAMPLE, precision="float32")
+    unet = KERNEL.build_efficient_unet(config, config.encoders[0], config.image_size)
+    training = KERNEL.Training("a", "unet", config.encoders[0], 0, config.image_size, 4, 1, None)
+    predictors = [(training, KERNEL.build_predictor(unet, True))]
     decide = KERNEL.use_half(config, None, None, None)
     with tempfile.TemporaryDirectory() as folder:
         images, paths = sorted(SAMPLE.iterdir()), []
@@ -33,9 +32,10 @@ def predict(count):
             paths.append(Path(folder) / f"{index:05}.jpg")
             paths[-1].symlink_to(images[index % len(images)])
         presence = np.ones((count, len(KERNEL.CLASSES)))
-        session = KERNEL.Session(accelerator, KERNEL.Clock(12))
+        empty = pd.DataFrame("", [path.name for path in paths], KERNEL.CLASSES)
         start = time.perf_counter()
-        rles = KERNEL.predict_rles(predictors, paths, presence, decide, session)
+        images = paths, empty
+        rles = KERNEL.predict_rles(config, predictors, images, presence, decide, float("inf"))
         seconds = time.perf_counter() - start
     with open("/proc/self/status") as lines:
         peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -59,4 +59,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["predict"]:
         predict(int(sys.argv[2]))
     else:
-        main(sys.argv[1:] or ["16", "400"])
+        main(sys.argv[1:] or ["256", "1024"])
