@@ -132,6 +132,23 @@ def test_rotation_is_limited_and_probability_is_obeyed(kernel):
             np.testing.assert_array_equal(found, given_)
 
 
+def test_the_distortion_is_the_library_s_own(kernel, labels, paths):
+    """Ours only leaves out copies on the way."""
+    image, plane = kernel.load_example(kernel.SAMPLE, (256, 384), paths[0], labels.iloc[0])
+    for draw in range(5):
+        found = []
+        for own in (True, False):
+            compose = kernel.make_augmentation(kernel.SAMPLE, draw)
+            if not own:
+                compose.transforms[3]._set_keys()
+            for transform in compose.transforms:
+                transform.p = 1.0
+            found.append(compose(image=image, mask=plane))
+        for part in ("image", "mask"):
+            np.testing.assert_array_equal(found[0][part], found[1][part])
+        assert (found[0]["image"] != image).any()
+
+
 def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
     plans = [kernel.plan_epoch(50, epoch, seed) for epoch, seed in ((0, 1), (0, 1), (1, 1), (0, 2))]
     for plan in plans:
