@@ -27,7 +27,7 @@
 # 1. read the labels and look at the pictures, as they are and augmented;
 # 2. train EfficientNets to tell which patterns a picture holds, and see what they look at;
 # 3. train EfficientUNet, a U-Net whose encoder is an EfficientNet, to tell where the patterns are;
-# 4. turn its probabilities into masks, in the one of four ways that scores best;
+# 4. turn its probabilities into masks, and compare four ways to do so;
 # 5. predict the test pictures, and set the results beside the paper's.
 #
 # A prediction is scored by its mean Dice coefficient over all pairs of a picture and a class, where
