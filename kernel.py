@@ -108,6 +108,7 @@ from unittest import mock
 import albumentations
 import cv2
 import efficientnet.model
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -193,7 +194,10 @@ def read_rows(path, size):
     CSV in UTF-8 with a line break at its end, other columns, impossible labels, one that is there
     twice, and encodings that are invalid at `size`.
     """
-    columns = ["Image_Label", "EncodedPixels"]
+    columns, content = ["Image_Label", "EncodedPixels"], path.read_bytes()
+    kinds = {b"PK": "a zip", b"\x1f\x8b": "a gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+    if kind := [kinds[head] for head in kinds if content.startswith(head)]:
+        raise ValueError(f"{path} is {kind[0]}, not CSV in UTF-8. Unpack it, or save it as that.")
     options = {"names": [*columns, "more"], "dtype": str, "keep_default_na": False}
     csv.field_size_limit(10**8)  # characters of an encoding
     try:
@@ -201,7 +205,7 @@ def read_rows(path, size):
         table = pd.read_csv(path, header=None, **options)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as CSV in UTF-8: {error}.") from None
-    if not path.read_bytes().endswith((b"\n", b"\r")):
+    if not content.endswith((b"\n", b"\r")):
         raise ValueError(f"{path} is empty, or cut off: no line break follows its last line.")
     if (found := table.iloc[0].dropna().tolist()) != columns or len(table.dropna(how="all")) < 2:
         raise ValueError(f"{path} has the columns {found}; expected: {columns}, with rows below.")
@@ -254,11 +258,10 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
         if not (lacking := [part for part in parts if not (folder / part).exists()]):
             return folder
         found += f"{folder} has no {', '.join(lacking)}; "
+        found += "".join(f"unzip {path}; " for path in sorted(folder.glob("*.zip")))
     ways = "on Kaggle, choose 'Add Input', search for the competition 'Understanding Clouds from "
-    ways += (
-        "Satellite Images', accept its rules and add it; elsewhere, unzip it and set CLOUDS_INPUT"
-    )
-    raise FileNotFoundError(f"The competition's data was not found: {found}{ways} to its folder.")
+    ways += "Satellite Images', accept its rules and add it; elsewhere, unzip it and set "
+    raise FileNotFoundError(f"The competition's data was not found: {found}{ways}CLOUDS_INPUT.")
 
 
 # %% [markdown]
@@ -278,23 +281,28 @@ def warn(about, text):
         print("Warning:", text)
 
 
+def read_size(path):
+    """The (height, width) of the image in a file, by its header."""
+    with Image.open(path) as header:
+        return header.height, header.width
+
+
 def read_image(path, size):
     """The image in a file, RGB uint8 (height, width, 3), resized to `size`.
 
-    Raises ValueError, which names the file, if it cannot be decoded. JPEG decoders can decode at a
-    half, a quarter or an eighth of the size for less than the cost of the whole.
+    Raises ValueError, which names the file, if it cannot be decoded, or is not 2 x 3. JPEG decoders
+    can decode at a half, a quarter or an eighth of the size for less than the cost of the whole.
     """
     try:
-        with Image.open(path) as header:
-            stored = header.height, header.width
+        stored = read_size(path)
         shrink = max(1, min(stored[0] / size[0], stored[1] / size[1]))
         factor = max(factor for factor in (1, 2, 4, 8) if factor <= shrink)
         flag = getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}", cv2.IMREAD_COLOR)
         image = cv2.imdecode(np.fromfile(path, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except (OSError, cv2.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read ({error}).") from None
-    if image is None or stored != ORIGINAL_SIZE:
-        raise ValueError(f"{path} is cut off, or has {stored} pixels instead of {ORIGINAL_SIZE}.")
+    if image is None or not math.isclose(stored[1] / stored[0], 1.5, rel_tol=0.01):
+        raise ValueError(f"{path} is cut off, or is no copy of {ORIGINAL_SIZE}: it has {stored}.")
     return cv2.cvtColor(cv2.resize(image, size[::-1]), cv2.COLOR_BGR2RGB)
 
 
@@ -306,6 +314,8 @@ def find_faults(folder, names):
     there = {file.name for file in os.scandir(folder) if file.is_file() and file.stat().st_size}
     if lacking := sorted(set(names) - there):
         text = f"{len(lacking)} of {len(names)} images are missing or empty"
+        alike = [file for file in there if file.lower() == lacking[0].lower()]
+        text += f" (there is {alike[0]})" if alike else ""
         raise FileNotFoundError(f"{folder}: {text}: {', '.join(lacking[:5])}")
     others = len(there) - len(names)
     warn(f"files in {folder}", others and f"{folder} has {others} more files, which no row names.")
@@ -318,6 +328,9 @@ def find_faults(folder, names):
 
     with ThreadPoolExecutor() as pool:
         faults = {name: fault for name, fault in zip(names, pool.map(find_fault, names)) if fault}
+    sizes = {read_size(folder / name) for name in names if name not in faults} - {ORIGINAL_SIZE}
+    text = f"{folder} has images of {[*sizes][:3]} instead of {ORIGINAL_SIZE}; they are used as is."
+    warn(f"sizes in {folder}", sizes and text)
     text = f"{len(faults)} of {len(names)} images are left out: {' '.join([*faults.values()][:5])}"
     warn(f"images in {folder}", faults and text)
     return faults
@@ -328,7 +341,7 @@ source = find_input(input_folder)
 train_folder, test_folder = source / "train_images", source / "test_images"
 all_labels = read_labels(source / "train.csv")
 faults = find_faults(train_folder, all_labels.index)
-labels = all_labels.drop(index=list(faults))
+readable = all_labels.drop(index=list(faults))
 print(f"{all_labels.size:,} rows of {len(all_labels):,} images in {source}")
 
 # %% [markdown]
@@ -337,9 +350,9 @@ print(f"{all_labels.size:,} rows of {len(all_labels):,} images in {source}")
 # %%
 figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
 for axes, name in zip(panels.flat, CLASSES):
-    chosen = labels.index[labels[name] != ""][0]
+    chosen = readable.index[readable[name] != ""][0]
     image = read_image(train_folder / chosen, SUBMISSION_SIZE)
-    mask = decode_rle(labels.at[chosen, name], ORIGINAL_SIZE)[2::4, 2::4, None]
+    mask = decode_rle(readable.at[chosen, name], ORIGINAL_SIZE)[2::4, 2::4, None]
     axes.imshow(np.where(mask, image, image // 4))
     axes.set(title=f"{name} in {chosen}", xlabel="column", ylabel="row")
 plt.show()
@@ -393,6 +406,7 @@ class Config:
     gate_recall: Share = 0.94  # share of a class's images in which the classifier has to find it
     flips: bool = False  # predict each image and its three mirror images, and take the mean
     decision: Literal["half", "threshold and area", "gated", "expected"] = "threshold and area"
+    image_limit: Count | None = None  # of training images, and of test images, for a first try
     broken_share: Share = 0.01  # of the training images that may be left out, if undecodable
     hours: Annotated[float, pydantic.Field(ge=1e-3, le=1000)] | None = None  # None is Kaggle's
     other_code: bool = False  # take over networks that were trained by other code than this
@@ -401,14 +415,8 @@ class Config:
     @pydantic.model_validator(mode="after")
     def check_together(self):
         """Raise ValueError for what no field can know alone."""
-        if (
-            not self.encoders
-            or not set(self.held_out) <= set(range(self.folds))
-            or not self.held_out
-        ):
-            raise ValueError(
-                f"encoders and held_out are lists, the folds are 0 to {self.folds - 1}"
-            )
+        if not self.encoders or not set() < set(self.held_out) <= set(range(self.folds)):
+            raise ValueError(f"encoders and held_out are lists, the folds 0 to {self.folds - 1}")
         if any(size[0] > size[1] for size in (self.image_size, self.classifier_size or (0, 0))):
             raise ValueError("image_size and classifier_size are (height, width), which is more")
         return self
@@ -505,11 +513,15 @@ def assign_folds(labels, folds, seed):
 # %%
 if len(faults) > wanted.broken_share * len(all_labels):
     raise ValueError(f"More than broken_share: {WARNINGS[f'images in {train_folder}']}")
+labels = readable.head(wanted.image_limit)
 present, folds = labels != "", assign_folds(labels, wanted.folds, wanted.seed)
 sample_path, submission_path = source / "sample_submission.csv", output / "submission.csv"
 rows = read_rows(sample_path, SUBMISSION_SIZE)
 test_faults = find_faults(test_folder, rows["image"].unique())
 test_names = [name for name in rows["image"].unique() if name not in test_faults]
+test_names = test_names[: wanted.image_limit]
+text = f"Only {len(labels)} training images and {len(test_names)} test images are used."
+warn("image_limit", wanted.image_limit and text)
 if (folds.value_counts().reindex(wanted.held_out).fillna(0) < 2).any() or not test_names:
     raise ValueError(f"{len(labels)} images in {wanted.folds} folds, {len(test_names)} to predict.")
 test_images = [test_folder / name for name in test_names], pd.DataFrame("", test_names, CLASSES)
@@ -655,7 +667,7 @@ def make_dataset(config, size, batch_size, paths, labels, done=None):
         return tf.ensure_shape(image, (*size, 3)), tf.ensure_shape(plane, size), weight
 
     examples = tf.data.Dataset.from_generator(plan, output_signature=tf.TensorSpec(3, tf.int64))
-    examples = examples.map(load_in_graph, num_parallel_calls=os.cpu_count())  # AUTOTUNE runs ahead
+    examples = examples.map(load_in_graph, joblib.cpu_count())  # AUTOTUNE runs ahead
     return examples.batch(batch_size, drop_remainder=True).prefetch(2)
 
 
@@ -908,9 +920,7 @@ def exclude_overlaps(masks):
 
     Where masks overlap, the class with the smallest area in its image wins.
     """
-    rank = masks / (
-        1 + tf.reduce_sum(masks, axis=(1, 2), keepdims=True)
-    )  # higher for smaller masks
+    rank = masks / (1 + tf.reduce_sum(masks, axis=(1, 2), keepdims=True))  # of smaller ones higher
     background = tf.fill(tf.shape(masks[..., :1]), tf.constant(1e-12, masks.dtype))
     winner = tf.argmax(tf.concat([background, rank], axis=-1), axis=-1)
     return tf.one_hot(winner, len(CLASSES) + 1, dtype=masks.dtype)
@@ -1038,16 +1048,16 @@ def plan_training(config, network, encoder, fold, labels, replicas, memory, outp
     scale = max(encoder) if isinstance(encoder, tuple) else SCALES["scale"][int(encoder[-1])]
     height = round(np.interp(scale, SCALES["scale"], SCALES["height"]))
     size, batch_size, epochs = config.image_size, config.batch_size, (config.epochs,)
-    later = "encoders held_out precision hours other_code gate_recall flips decision broken_share"
-    later += " image_size batch_size epochs classifier_size classifier_batch_size classifier_epochs"
+    later = "image_ classifier_ encoders held_out precision hours other_code gate_recall flips"
+    later = *later.split(), "decision", "broken_share", "batch_size", "epochs"
     if network != "unet":
         size = config.classifier_size or (height, height * 3 // 2)
-        batch_size, later = config.classifier_batch_size, later + " cross_entropy_weight"
+        batch_size, later = config.classifier_batch_size, (*later, "cross_entropy_weight")
         epochs = config.classifier_epochs[: 1 + (network == "classifier")]
     member = f"{name_encoder(encoder)}-fold{fold}"
     name = f"{member}-{network}"
     settings = {"training": name, "size": size, "batch_size": batch_size, "epochs": epochs}
-    settings |= {key: value for key, value in asdict(config).items() if key not in later.split()}
+    settings |= {key: value for key, value in asdict(config).items() if not key.startswith(later)}
     settings["labels"] = int(pd.util.hash_pandas_object(labels).sum())
     code = hash_code(*NETWORKS[network], make_dataset, make_optimizer)
     settings |= {f"code of {function}": number for function, number in code.items()}
@@ -1060,8 +1070,7 @@ def plan_training(config, network, encoder, fold, labels, replicas, memory, outp
 
 
 # %% tags=["nbval-ignore-output"]
-replicas, memory = strategy.num_replicas_in_sync, min(ask_driver() or [15])
-shared = labels, replicas, memory, output, earlier
+shared = labels, strategy.num_replicas_in_sync, min(ask_driver() or [15]), output, earlier
 members = [
     {network: plan_training(config, network, *member, *shared) for network in NETWORKS}
     for member in itertools.product(config.encoders, config.held_out)
@@ -1385,8 +1394,7 @@ plot_histories(segmented, "unet")
 plt.show()
 
 # %%
-losses = {training.member: read_history(training)["val_loss"] for training in trainings}
-print("Improved:", {name: bool(loss.min() < loss[0]) for name, loss in losses.items()})
+print("Improved:", {t.member: bool(read_history(t)["val_loss"].idxmin()) for t in trainings})
 
 # %% [markdown]
 # As long as both curves fall, more epochs help. Where the validation loss turns up while the
@@ -1426,10 +1434,8 @@ def predict_maps(config, predictors, paths, labels, chunk=128):
     start = time.monotonic()
     for first in range(0, len(paths), chunk):
         part = paths[first : first + chunk], labels[first : first + chunk]
-        several = [
-            network.predict(make_dataset(config, own.size, own.batch_size, *part), verbose=0)
-            for own, network in predictors
-        ]
+        batches = [make_dataset(config, own.size, own.batch_size, *part) for own, _ in predictors]
+        several = [network.predict(x, verbose=0) for x, (_, network) in zip(batches, predictors)]
         for _, *maps in zip(part[0], *several):
             mean = np.rint(np.mean(maps, axis=0, dtype=np.float32)).astype(np.uint8)
             yield np.stack([*maps, mean])
@@ -1473,10 +1479,10 @@ def count_validation(config, predictors, paths, labels):
 
 
 # %% tags=["nbval-ignore-output"]
-predictors, counts, pairs = [], {}, []
+counts, pairs = {}, []
 with strategy.scope():
-    for training in trainings:
-        predictors.append((training, build_predictor(load_network(config, training), config.flips)))
+    networks = [build_predictor(load_network(config, own), config.flips) for own in trainings]
+predictors = list(zip(trainings, networks))
 for fold in sorted({training.fold for training in trainings}):
     chosen, images = [p for p in predictors if p[0].fold == fold], split_images(*labelled, fold)[1]
     *own, mean = count_validation(config, chosen, *images)
@@ -1878,11 +1884,11 @@ make_table(results, ["threshold and area", "expected"], "III")
 # `results.json` holds the configuration, what the run measured and its warnings.
 
 # %% tags=["nbval-ignore-output"]
-report = {"preset": preset_name, "config": asdict(config), "decided by": config.decision}
+report = {"preset": preset_name, "config": asdict(config)}
+report["warnings"] = list(WARNINGS.values()) or ["none"]
 report["versions"] = {m.__name__: m.__version__ for m in (tf, albumentations, cv2, np, pd)}
 report["predicted by"] = [training.member for training in trainings]
 report["validation Dice"] = comparison["Dice"].round(4).to_dict()
-report["warnings"] = list(WARNINGS.values()) or ["none"]
 write_whole(output / "results.json", json.dumps(report, indent=2) + "\n")
 print(*(f"{title}: {report[title]}" for title in list(report)[2:]), sep="\n")
 

@@ -44,6 +44,12 @@ settings.register_profile("deep", derandomize=True, deadline=None, max_examples=
 settings.load_profile("quick")  # pytest --hypothesis-profile deep takes the other
 
 
+def pytest_collection_modifyitems(items):
+    """Of a notebook's cell compare what it shows, not what libraries say on stderr."""
+    for notebook in {item.parent for item in items if hasattr(item.parent, "skip_compare")}:
+        notebook.skip_compare += ("stderr",)
+
+
 @pytest.fixture(scope="session")
 def kernel():
     """The definitions of kernel.py."""

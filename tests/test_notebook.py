@@ -5,10 +5,13 @@ import dis
 import itertools
 import json
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +63,23 @@ def test_at_least_twenty_text_outputs_are_compared(code_cells):
         and ("text" in output or "text/plain" in output.get("data", {}))
     ]
     assert len(compared) >= 20
+
+
+def test_what_a_library_says_on_stderr_decides_nothing(tmp_path):
+    """nbval compares it, unless told otherwise; what a cell shows is compared."""
+    results = []
+    for shown in ("1", "2"):
+        source = "import sys\nprint('Building the font cache', file=sys.stderr)\n1"
+        output = nbformat.v4.new_output("execute_result", {"text/plain": shown}, execution_count=1)
+        cell = nbformat.v4.new_code_cell(source, outputs=[output], execution_count=1)
+        metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[cell], metadata=metadata), tmp_path / "x.ipynb"
+        )
+        command = [sys.executable, "-m", "pytest", "--nbval", str(tmp_path / "x.ipynb"), __file__]
+        command += ["-p", "no:cacheprovider", "-k", "Cell or ipynb"]
+        results.append(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
+    assert results == [0, 1]
 
 
 def test_parameters_cell_is_tagged(code_cells):
