@@ -266,8 +266,8 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
 
 # %% [markdown]
 # What can be borne does not stop the run: a training image that cannot be decoded is left out, up
-# to a share that is configured, and such a test image gets empty masks. Warnings are repeated in
-# the report.
+# to a share that is configured, and such a test image gets empty masks. Resized copies are used as
+# they are, while the masks stay those of `train.csv`. Warnings are repeated in the report.
 
 # %%
 WARNINGS = {}  # by what they are about
@@ -314,11 +314,11 @@ def find_faults(folder, names):
     there = {file.name for file in os.scandir(folder) if file.is_file() and file.stat().st_size}
     if lacking := sorted(set(names) - there):
         text = f"{len(lacking)} of {len(names)} images are missing or empty"
-        alike = [file for file in there if file.lower() == lacking[0].lower()]
-        text += f" (there is {alike[0]})" if alike else ""
+        alike = (name for name in there if name.lower() == lacking[0].lower())
+        text += "".join(f" (there is {name})" for name in alike)
         raise FileNotFoundError(f"{folder}: {text}: {', '.join(lacking[:5])}")
-    others = len(there) - len(names)
-    warn(f"files in {folder}", others and f"{folder} has {others} more files, which no row names.")
+    more = len(there) - len(names)
+    warn(f"files in {folder}", more and f"{folder} has {more} more files, which no row names.")
 
     def find_fault(name):
         try:
@@ -329,7 +329,7 @@ def find_faults(folder, names):
     with ThreadPoolExecutor() as pool:
         faults = {name: fault for name, fault in zip(names, pool.map(find_fault, names)) if fault}
     sizes = {read_size(folder / name) for name in names if name not in faults} - {ORIGINAL_SIZE}
-    text = f"{folder} has images of {[*sizes][:3]} instead of {ORIGINAL_SIZE}; they are used as is."
+    text = f"{folder} has images of {sorted(sizes)[:3]}, not {ORIGINAL_SIZE}. They are used as is."
     warn(f"sizes in {folder}", sizes and text)
     text = f"{len(faults)} of {len(names)} images are left out: {' '.join([*faults.values()][:5])}"
     warn(f"images in {folder}", faults and text)
@@ -513,15 +513,14 @@ def assign_folds(labels, folds, seed):
 # %%
 if len(faults) > wanted.broken_share * len(all_labels):
     raise ValueError(f"More than broken_share: {WARNINGS[f'images in {train_folder}']}")
-labels = readable.head(wanted.image_limit)
+labels, limit = readable[: wanted.image_limit], wanted.image_limit
 present, folds = labels != "", assign_folds(labels, wanted.folds, wanted.seed)
 sample_path, submission_path = source / "sample_submission.csv", output / "submission.csv"
 rows = read_rows(sample_path, SUBMISSION_SIZE)
 test_faults = find_faults(test_folder, rows["image"].unique())
-test_names = [name for name in rows["image"].unique() if name not in test_faults]
-test_names = test_names[: wanted.image_limit]
+test_names = [name for name in rows["image"].unique() if name not in test_faults][:limit]
 text = f"Only {len(labels)} training images and {len(test_names)} test images are used."
-warn("image_limit", wanted.image_limit and text)
+warn("image_limit", limit and text)
 if (folds.value_counts().reindex(wanted.held_out).fillna(0) < 2).any() or not test_names:
     raise ValueError(f"{len(labels)} images in {wanted.folds} folds, {len(test_names)} to predict.")
 test_images = [test_folder / name for name in test_names], pd.DataFrame("", test_names, CLASSES)

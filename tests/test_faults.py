@@ -457,7 +457,7 @@ def test_copies_of_another_size_are_used_and_told(kernel, source, begin, warning
     assert np.abs(before[0].astype(int) - after[0]).mean() < 6
     np.testing.assert_array_equal(before[1], after[1])
     assert list(warnings.values()) == [
-        f"{folder} has images of [{size}] instead of (1400, 2100); they are used as is."
+        f"{folder} has images of [{size}], not (1400, 2100). They are used as is."
         for folder in (source / "train_images", source / "test_images")
     ]
 

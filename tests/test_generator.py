@@ -1,6 +1,8 @@
 """Augment and batch: images, augmentation, epochs and batches."""
 
 import itertools
+import threading
+import time
 from collections import Counter
 
 import albumentations
@@ -255,3 +257,25 @@ def test_transforms_may_be_added_removed_and_reordered(
         image, plane = kernel.load_example(tiny, (64, 96), paths[0], labels.iloc[0], draw)
         assert image.shape == (64, 96, 3) and plane.shape == (64, 96) and plane.max() < 16
         assert image.dtype == plane.dtype == np.uint8
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+def test_no_more_images_are_read_at_once_than_there_are_processors(
+    kernel, tiny, labels, paths, monkeypatch, processors
+):
+    """By joblib's count, which knows the limits of containers and the affinity."""
+    lock, running, most = threading.Lock(), set(), []
+
+    def load(config, size, path, rles, draw):
+        with lock:
+            running.add(threading.get_ident())
+            most.append(len(running))
+        time.sleep(0.02)
+        with lock:
+            running.discard(threading.get_ident())
+        return np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
+
+    monkeypatch.setattr(kernel.joblib, "cpu_count", lambda: processors)
+    monkeypatch.setattr(kernel, "load_example", load)
+    batches = kernel.make_dataset(tiny, (64, 96), 4, paths, labels)
+    assert len(list(batches)) == 3 and max(most) <= processors
