@@ -309,7 +309,8 @@ def read_image(path, size):
 def find_faults(folder, names):
     """What is wrong with the images of a folder that are broken: a dictionary by name.
 
-    Decodes all once, small. Raises FileNotFoundError if an image is not there, or is empty.
+    Decodes all once, small. Warns of them, of other sizes and of further files. Raises
+    FileNotFoundError if an image is not there, or is empty.
     """
     there = {file.name for file in os.scandir(folder) if file.is_file() and file.stat().st_size}
     if lacking := sorted(set(names) - there):
