@@ -1,20 +1,23 @@
-"""The notebook as it is committed, and the files around it."""
+"""The notebook as a whole: as it is committed, in a run with many faults, and files around it."""
 
+import ast
 import builtins
+import copy
 import dis
 import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import jupytext
+import nbclient
 import nbformat
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from conftest import CELLS, IMAGE, ROOT, add_mark, turn_line_ends
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_what_a_library_says_on_stderr_decides_nothing(tmp_path):
             nbformat.v4.new_notebook(cells=[cell], metadata=metadata), tmp_path / "x.ipynb"
         )
         command = [sys.executable, "-m", "pytest", "--nbval", str(tmp_path / "x.ipynb"), __file__]
-        command += ["-p", "no:cacheprovider", "-k", "Cell or ipynb"]
+        command += ["-p", "no:cacheprovider", "-k", "ipynb"]
         results.append(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
     assert results == [0, 1]
 
@@ -107,6 +110,65 @@ def test_definitions_lean_on_nothing_that_a_run_cell_makes(kernel):
             assert not lacking, f"{function.__qualname__} reads {lacking}"
 
 
+def test_nothing_is_unpickled():
+    """A pickle may run code; the notebook names no module or function that reads one."""
+    tree = ast.parse(CELLS)
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.name for alias in node.names} | {getattr(node, "module", "")}
+    assert len(names) > 300
+    readers = {"pickle", "dill", "shelve", "marshal", "read_pickle", "eval", "exec"}
+    assert not names & readers
+    assert not names & {"load_model", "allow_pickle", "frompickle", "Unpickler"}
+    loads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    loads = {name for name in loads if name.rpartition(".")[2] in ("load", "loads")}
+    assert loads == {"json.loads"}
+
+
+def shown(cell):
+    """What a cell shows: its tables, and what it prints unless that depends on the machine."""
+    data = [output.data for output in cell.outputs if "data" in output]
+    outputs = [part["text/plain"] for part in data]
+    if "nbval-ignore-output" not in cell.metadata.get("tags", []):
+        outputs += [(output.get("text"), output.get("data")) for output in cell.outputs]
+    return outputs
+
+
+def test_a_run_with_many_faults_whose_cells_all_run_twice(kernel, source, tmp_path, monkeypatch):
+    """Ends with a submission, tells of each fault, and finds the same again in each cell."""
+    turn_line_ends(source)
+    add_mark(source)
+    os.truncate(source / "train_images" / IMAGE, 9999)
+    broken = sorted((source / "test_images").iterdir())[0]
+    broken.write_text("text")
+    shutil.copy(source / "train_images" / IMAGE, source / "test_images" / "other.jpg")
+    sizes = {"image_size": [64, 96], "classifier_size": [64, 96], "held_out": [0], "flips": False}
+    overrides = {**sizes, "epochs": 1, "classifier_epochs": [1, 1], "broken_share": 0.1}
+    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": tmp_path / "output"}
+    variables |= {"CLOUDS_OVERRIDES": json.dumps(overrides), "CLOUDS_PRESET": "SAMPLE"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = jupytext.reads(CELLS, fmt="py:percent")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.cells = [copy.deepcopy(cell) for cell in cells for _ in range(2)]
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    for first, second in zip(notebook.cells[::2], notebook.cells[1::2]):
+        assert shown(first) == shown(second), first.source
+    assert len([cell for cell in notebook.cells if any(shown(cell))]) > 40
+    submission = tmp_path / "output" / "submission.csv"
+    table = kernel.check_submission(submission, source / "sample_submission.csv")
+    assert (table.loc[table["image"] == broken.name, "EncodedPixels"] == "").all()
+    assert (table["EncodedPixels"] != "").any()
+    warnings = json.loads((tmp_path / "output" / "results.json").read_text())["warnings"]
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.outputs)
+    assert f"warnings: {warnings}\n" in printed and len(warnings) == 3
+    for part in ("1 more files", IMAGE, broken.name):
+        (warning,) = (warning for warning in warnings if part in warning)
+        assert f"Warning: {warning}\n" in printed
+
+
 def test_metadata_is_what_kaggle_reads():
     """Whoever pushes puts a name of their own and another accelerator."""
     metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
@@ -119,13 +181,17 @@ def test_metadata_is_what_kaggle_reads():
     assert metadata["enable_internet"] is True
 
 
-def test_requirements_and_first_cell_name_the_same_versions(kernel):
-    requirements = (ROOT / "requirements.txt").read_text().splitlines()
-    requirements = {line.split("  #")[0] for line in requirements}
-    assert set(" ".join(kernel.PACKAGES.values()).split()) <= requirements
-
-
 def test_readme_s_test_command_is_the_one_that_is_run():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "pytest --nbval kernel.ipynb tests" in readme
     assert "README.md" in script
+
+
+def test_each_section_with_definitions_has_a_test_file_of_its_name():
+    """Besides those there is only this file, on the notebook as a whole."""
+    expected = {"test_notebook.py"}
+    for section in re.split("^# ## ", CELLS, flags=re.MULTILINE)[1:]:
+        heading, _, body = section.partition("\n")
+        if re.search("^(def|class) ", body, re.MULTILINE):
+            expected.add(f"test_{re.sub('[^a-z0-9]+', '_', heading.lower())}.py")
+    assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == expected

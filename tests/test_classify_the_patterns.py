@@ -1,4 +1,4 @@
-"""Classify the patterns: what the classifier is measured by and what it looks at."""
+"""Classify the patterns measures the classifier, and shows what it looks at."""
 
 import numpy as np
 import pandas as pd

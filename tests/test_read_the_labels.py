@@ -1,76 +1,240 @@
-"""What can be wrong with the input, and with the folder that is written to.
+"""Read the labels reads encodings, tables and images right, or refuses them by their names.
 
-The faults are made in a copy of the sample, on which the notebook's cells are then run up to the
+Most faults are made in a copy of the sample, on which the notebook's cells are then run up to the
 training, as a user runs them.
 """
 
-import ast
-import copy
 import gzip
-import json
 import os
 import re
 import shutil
 import zipfile
-from pathlib import Path
 
 import cv2
-import jupytext
-import nbclient
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import ROOT, is_definition
+from conftest import FIRST, IMAGE, add_mark, change, turn_line_ends
+from hypothesis import event, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-CELLS = (ROOT / "kernel.py").read_text()
+# Encodings
+
+MASKS = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda size: arrays(bool, size))
 
 
-def run_cells(kernel, until):
-    """Run the notebook's cells before a heading, without definitions and figures; its variables."""
-    variables = dict(vars(kernel))
-    for cell in CELLS[: CELLS.index(f"# ## {until}\n")].split("\n# %%")[1:]:
-        head, _, body = cell.partition("\n")
-        if "[markdown]" not in head and "plt.show()" not in body:
-            nodes = [node for node in ast.parse(body).body if not is_definition(node)]
-            exec(compile(ast.Module(nodes, []), "kernel.py", "exec"), variables)
-    return variables
+def decode_slowly(rle, size):
+    """The definition, pixel by pixel."""
+    height, width = size
+    mask = np.zeros(size, np.uint8)
+    numbers = [int(word) for word in rle.split()]
+    for start, length in zip(numbers[::2], numbers[1::2]):
+        for pixel in range(start, start + length):
+            mask[(pixel - 1) % height, (pixel - 1) // height] = 1
+    return mask
 
 
-@pytest.fixture
-def source(sample, tmp_path):
-    """A copy of the sample, to be damaged."""
-    return Path(shutil.copytree(sample, tmp_path / "input"))
+def test_a_worked_example_is_encoded_and_decoded(kernel):
+    mask = np.array([[0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]])
+    assert kernel.encode_rle(mask) == "5 4 12 1"
+    decoded = kernel.decode_rle("5 4 12 1", (3, 4))
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, mask)
 
 
-@pytest.fixture
-def begin(kernel, source, tmp_path, monkeypatch):
-    """A function that runs the notebook's first cells, with an output folder of earlier files."""
-    output = tmp_path / "output"
-    output.mkdir()
-    earlier = [output / name for name in ("submission.csv", "results.json", "weights.h5")]
-    for path in earlier:
-        path.write_text("earlier")
-    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": output}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-
-    def run(until="Augment and batch", **overrides):
-        monkeypatch.setenv("CLOUDS_OVERRIDES", json.dumps(overrides))
-        times = [path.stat().st_mtime_ns for path in earlier]
-        try:
-            return run_cells(kernel, until)
-        finally:
-            assert [path.stat().st_mtime_ns for path in earlier] == times
-            assert [path.read_text() for path in earlier] == ["earlier"] * 3
-
-    return run
+def test_the_empty_and_the_full_mask_have_encodings(kernel):
+    assert kernel.encode_rle(np.zeros((3, 4))) == ""
+    assert not kernel.decode_rle("", (3, 4)).any()
+    assert kernel.encode_rle(np.ones((3, 4))) == "1 12"
+    assert kernel.decode_rle("1 12", (3, 4)).all()
 
 
-def change(path, old, new, count=1):
-    """Replace bytes of a file."""
-    text = path.read_bytes()
-    assert old in text
-    path.write_bytes(text.replace(old, new, count))
+@given(mask=MASKS)
+def test_any_mask_survives_the_round_trip(kernel, mask):
+    rle = kernel.encode_rle(mask)
+    np.testing.assert_array_equal(kernel.decode_rle(rle, mask.shape), mask)
+    np.testing.assert_array_equal(decode_slowly(rle, mask.shape), mask)
+
+
+@pytest.mark.parametrize(
+    ("rle", "quoted"),
+    [
+        ("01 2", "'01' is not a whole number"),
+        ("1 2\n", r"'2\\n' is not a whole number"),
+        ("1 \u0662", "'\u0662' is not a whole number"),
+        ("1 2 3 4", "the run '3 4'"),
+        ("1 2 3", "the run '3' has no length"),
+        ("1 x", "'x' is not a whole number"),
+        ("1 2.0", "'2.0' is not a whole number"),
+        ("-1 2", "'-1' is not a whole number"),
+        ("1  2", "'' is not a whole number"),
+        (" 1 2", "'' is not a whole number"),
+        ("1\t2", r"'1\\t2' is not a whole number"),
+        ("nan", "'nan' is not a whole number"),
+        ("0 2", "the run '0 2'"),
+        ("1 0", "the run '1 0'"),
+        ("12 2", "the run '12 2'"),
+        ("13 1", "the run '13 1'"),
+        ("1 3 3 2", "the run '3 2'"),
+        ("5 2 1 2", "the run '1 2'"),
+        ("5 2 5 2", "the run '5 2'"),
+        ("1 " + "9" * 18, "the run '1 9+'"),
+        ("1 " + "9" * 30, "'9+' is not a whole number"),
+    ],
+)
+def test_invalid_encodings_are_refused_with_the_run(kernel, rle, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        kernel.decode_rle(rle, (3, 4))
+
+
+NUMBERS = st.integers(-1, 14).map(str) | st.sampled_from(["", "x", "1.0", "01", "+1", "1e1"])
+STRINGS = (
+    st.text(max_size=20)
+    | st.text("0123456789 .-+\t\n", max_size=30)
+    | st.lists(NUMBERS, max_size=8).map(" ".join)
+    | st.lists(st.integers(1, 3), max_size=9).map(
+        lambda steps: " ".join(
+            str(sum(steps[: index + 1]) if index % 2 == 0 else steps[index])
+            for index in range(len(steps))
+        )
+    )
+)
+
+
+@given(rle=STRINGS)
+def test_any_string_is_a_mask_s_encoding_or_a_value_error(kernel, rle):
+    try:
+        mask = kernel.decode_rle(rle, (3, 5))
+    except ValueError as error:
+        event("refused")
+        assert str(error)
+    else:
+        event("accepted")
+        assert kernel.encode_rle(mask) == rle
+        np.testing.assert_array_equal(decode_slowly(rle, (3, 5)), mask)
+
+
+# Tables
+
+HEADER = "Image_Label,EncodedPixels"
+LINES = [f"a.jpg_{name}," for name in ("Fish", "Flower", "Gravel", "Sugar")]
+LINES += ["b.jpg_Fish,1 2 5 9", "b.jpg_Flower,", "b.jpg_Gravel,7 1", "b.jpg_Sugar,"]
+PIECES = st.sampled_from([b"\n", b"\r\n", b",", b'"', b" ", b"_", b"../", b"\0", b"\xff", b"1 2"])
+EDITS = st.lists(
+    st.tuples(st.integers(0, 160), st.integers(0, 30), PIECES | st.binary(max_size=5)), max_size=2
+)
+
+
+def test_a_row_for_each_image_and_a_column_for_each_class(kernel, labels, sample):
+    table = pd.read_csv(sample / "train.csv", keep_default_na=False)
+    assert labels.shape == (12, 4) and list(labels.columns) == list(kernel.CLASSES)
+    for label, rle in table.itertuples(index=False):
+        image, name = label.split("_")
+        assert labels.loc[image, name] == rle
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """The path of a damaged table."""
+    return tmp_path_factory.mktemp("damaged") / "train.csv"
+
+
+@given(order=st.permutations(LINES), end=st.sampled_from(["\n", "\r\n", "\n\n"]), edits=EDITS)
+def test_a_damaged_table_is_read_right_or_refused_by_name(kernel, damaged, order, end, edits):
+    """Its rows are in any order, and pieces of it are replaced by others, or by nothing."""
+    text = (end.join([HEADER, *order]) + end).encode()
+    for place, length, piece in edits:
+        text = text[:place] + piece + text[place + length * (length < 25) :]
+    damaged.write_bytes(text)
+    try:
+        table = kernel.read_labels(damaged)
+    except ValueError as error:
+        event("refused")
+        assert str(error).startswith(str(damaged))
+        return
+    event("read")
+    assert list(table.columns) == list(kernel.CLASSES) and len(table) > 0
+    for image, rles in table.iterrows():
+        assert image not in ("", ".", "..") and not set(image) & set("/\\\0")
+        for name, rle in rles.items():
+            kernel.decode_rle(rle, kernel.ORIGINAL_SIZE)
+            assert f"{image}_{name}".encode() in text.replace(b'"', b"") and rle.encode() in text
+
+
+def test_a_mask_of_specks_is_not_too_long_to_be_read(kernel, tmp_path):
+    """Its encoding is longer than Python's csv module reads by itself."""
+    rle = " ".join(f"{start} 1" for start in range(1, 350 * 525, 2))
+    rows = [f"a.jpg_{name},{rle}" for name in kernel.CLASSES]
+    (tmp_path / "a.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    table = kernel.read_labels(tmp_path / "a.csv", kernel.SUBMISSION_SIZE)
+    assert len(rle) > 500_000 and (table == rle).all(axis=None)
+
+
+def leave_line_blank(source):
+    """A blank line at the end."""
+    path = source / "train.csv"
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+@pytest.mark.parametrize("harmless", [add_mark, turn_line_ends, leave_line_blank])
+def test_other_ways_to_write_a_table_are_read(kernel, labels, source, begin, harmless):
+    harmless(source)
+    assert begin()["labels"].equals(labels)
+
+
+# The folder
+
+
+def make_input(folder):
+    """An empty folder in the layout of the competition's data."""
+    for part in ("train_images", "test_images"):
+        (folder / part).mkdir(parents=True)
+    for part in ("train.csv", "sample_submission.csv"):
+        (folder / part).touch()
+    return folder
+
+
+def test_input_is_found_at_each_mount_point_newest_first(kernel, tmp_path):
+    kaggle = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    deep = make_input(tmp_path / "datasets" / "someone" / "clouds")
+    assert kernel.find_input(None, kaggle, tmp_path) == deep
+    former = make_input(tmp_path / "understanding_cloud_organization")
+    assert kernel.find_input(None, kaggle, tmp_path) == former
+    present = make_input(tmp_path / "competitions" / "understanding_cloud_organization")
+    assert kernel.find_input(None, kaggle, tmp_path) == present
+    assert kernel.find_input(str(deep), kaggle, tmp_path) == deep
+    assert kernel.find_input(str(deep), {"CLOUDS_INPUT": str(former)}, tmp_path) == former
+
+
+def test_missing_input_names_all_places_and_how_to_attach_it(kernel, tmp_path):
+    kaggle, competition = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "understanding_cloud_organization"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.csv").touch()
+    with pytest.raises(FileNotFoundError, match="Add Input.*accept its rules.*unzip") as error:
+        kernel.find_input(None, kaggle, tmp_path)
+    for place in (f"competitions/{competition}", competition):
+        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
+    assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="elsewhere has no train.csv, train_images, sample"):
+        kernel.find_input(None, {"CLOUDS_INPUT": str(tmp_path / "elsewhere")}, tmp_path)
+
+
+def test_without_data_on_kaggle_all_places_are_named(kernel, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.csv").touch()
+    competition = "understanding_cloud_organization"
+    with pytest.raises(FileNotFoundError) as error:
+        kernel.find_input(None, {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, tmp_path)
+    for place in (f"competitions/{competition}", competition):
+        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
+    assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
+
+
+def test_without_competition_data_the_sample_is_read(kernel, sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(sample.parents[1])
+    assert kernel.find_input(None, {}, tmp_path).resolve() == sample
 
 
 def rewrite(path, function):
@@ -83,10 +247,6 @@ def zip_table(path):
     content = path.read_bytes()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(path.name, content)
-
-
-FIRST = (ROOT / "tests" / "sample" / "train.csv").read_text().splitlines()[1].partition(",")[0]
-IMAGE = FIRST.rpartition("_")[0]
 
 
 def set_first(row):
@@ -307,39 +467,6 @@ def test_what_shows_without_training_is_refused_and_nothing_is_lost(name, source
     assert shown.startswith(message)
 
 
-def test_without_data_on_kaggle_all_places_are_named(kernel, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "train.csv").touch()
-    competition = "understanding_cloud_organization"
-    with pytest.raises(FileNotFoundError) as error:
-        kernel.find_input(None, {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, tmp_path)
-    for place in (f"competitions/{competition}", competition):
-        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
-    assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
-
-
-def add_mark(source):
-    """A byte-order mark, as some editors write it."""
-    change(source / "train.csv", b"Image_Label", b"\xef\xbb\xbfImage_Label")
-
-
-def turn_line_ends(source):
-    """Windows line ends."""
-    change(source / "train.csv", b"\n", b"\r\n", -1)
-
-
-def leave_line_blank(source):
-    """A blank line at the end."""
-    path = source / "train.csv"
-    path.write_bytes(path.read_bytes() + b"\n")
-
-
-@pytest.mark.parametrize("harmless", [add_mark, turn_line_ends, leave_line_blank])
-def test_other_ways_to_write_a_table_are_read(kernel, labels, source, begin, harmless):
-    harmless(source)
-    assert begin()["labels"].equals(labels)
-
-
 def test_other_files_are_not_used_but_told(source, begin, warnings):
     for folder in ("train_images", "test_images"):
         shutil.copy(source / "train_images" / IMAGE, source / folder / "other.jpg")
@@ -351,19 +478,27 @@ def test_other_files_are_not_used_but_told(source, begin, warnings):
     ]
 
 
-def test_the_submission_follows_the_order_of_the_sample(kernel, source, begin, tmp_path):
-    path = source / "sample_submission.csv"
-    header, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
-    names = begin()["test_names"]
-    rles = {f"{name}_Fish": "1 5" for name in names}
-    kernel.write_submission(rles, path, tmp_path / "written.csv")
-    written = kernel.check_submission(tmp_path / "written.csv", path)
-    assert written["Image_Label"].tolist() == [row.split(",")[0] for row in rows[::-1]]
-    assert (written["EncodedPixels"] == "1 5").tolist() == (written["class"] == "Fish").tolist()
-
-
 # Images
+
+
+@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (700, 1050), (350, 525), (128, 192)])
+def test_image_is_the_resized_jpeg_in_rgb(kernel, paths, size):
+    image = kernel.read_image(paths[0], size)
+    reference = cv2.imread(str(paths[0]))[..., ::-1]
+    reference = cv2.resize(reference, size[::-1], interpolation=cv2.INTER_AREA)
+    assert image.shape == (*size, 3) and image.dtype == np.uint8
+    tolerance = 0 if size == (1400, 2100) else 4  # of 255: another filter on the way down
+    assert np.abs(image.astype(int) - reference).mean() <= tolerance
+
+
+def test_undecodable_image_is_named(kernel, tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"not a jpeg")
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        kernel.read_image(path, (64, 96))
+    gone = tmp_path / "gone.jpg"
+    with pytest.raises(ValueError, match=f"{gone} cannot be read .*No such file"):
+        kernel.read_image(gone, (64, 96))
 
 
 def save(path, image, kind="JPEG", **options):
@@ -457,105 +592,6 @@ def test_copies_of_another_size_are_used_and_told(kernel, source, begin, warning
     assert np.abs(before[0].astype(int) - after[0]).mean() < 6
     np.testing.assert_array_equal(before[1], after[1])
     assert list(warnings.values()) == [
-        f"{folder} has images of [{size}], not (1400, 2100). They are used as is."
+        f"{folder} has images of [{size}], used as is."
         for folder in (source / "train_images", source / "test_images")
     ]
-
-
-def test_a_first_try_takes_a_few_images_and_says_so(source, begin, warnings):
-    found = begin(image_limit=3, folds=2, held_out=[0])
-    assert len(found["labels"]) == len(found["present"]) == len(found["folds"]) == 3
-    assert len(found["test_images"][0]) == 3
-    assert list(warnings.values()) == ["Only 3 training images and 3 test images are used."]
-
-
-def test_too_few_images_for_the_folds_are_refused(begin):
-    assert len(begin(folds=11, held_out=[0])["folds"]) == 12
-    with pytest.raises(ValueError, match="12 images in 11 folds, 4 to predict"):
-        begin(folds=11, held_out=[0, 1])
-
-
-def test_an_output_that_cannot_be_written_is_refused_by_its_name(begin, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("text")
-    for folder in (tmp_path / "file", Path("/proc/output")):
-        monkeypatch.setenv("CLOUDS_OUTPUT", str(folder))
-        with pytest.raises(OSError, match=str(folder)):
-            begin()
-    assert (tmp_path / "file").read_text() == "text"
-
-
-def test_initial_weights_of_another_encoder_are_refused_before_training(kernel, tiny, tmp_path):
-    path = tmp_path / "encoder.h5"
-    same = kernel.build_classifier(tiny, (0.5, 0.3), (64, 96)).get_layer(index=2)
-    same.save_weights(path)
-    config = kernel.replace(tiny, encoder_weights=str(path))
-    loaded = kernel.build_classifier(config, (0.5, 0.3), (64, 96)).get_layer(index=2)
-    for first, second in zip(same.get_weights(), loaded.get_weights()):
-        np.testing.assert_array_equal(first, second)
-    half = tmp_path / "half.h5"
-    half.write_bytes(path.read_bytes()[:9999])
-    cases = (path, (0.5, 0.6)), (half, (0.5, 0.3)), (tmp_path / "no.h5", (0.5, 0.3))
-    for weights, encoder in (*cases, ("imagenet", (1.0, 1.2))):
-        config = kernel.replace(tiny, encoder_weights=str(weights))
-        for build in (kernel.build_classifier, kernel.build_efficient_unet):
-            with pytest.raises(ValueError, match=f"cannot be built with encoder_weights {weights}"):
-                build(config, encoder, (64, 96))
-
-
-def test_nothing_is_unpickled():
-    """A pickle may run code; the notebook names no module or function that reads one."""
-    tree = ast.parse(CELLS)
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {alias.name for alias in node.names} | {getattr(node, "module", "")}
-    assert len(names) > 300
-    readers = {"pickle", "dill", "shelve", "marshal", "read_pickle", "eval", "exec"}
-    assert not names & readers
-    assert not names & {"load_model", "allow_pickle", "frompickle", "Unpickler"}
-    loads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    loads = {name for name in loads if name.rpartition(".")[2] in ("load", "loads")}
-    assert loads == {"json.loads"}
-
-
-def shown(cell):
-    """What a cell shows: its tables, and what it prints unless that depends on the machine."""
-    data = [output.data for output in cell.outputs if "data" in output]
-    outputs = [part["text/plain"] for part in data]
-    if "nbval-ignore-output" not in cell.metadata.get("tags", []):
-        outputs += [(output.get("text"), output.get("data")) for output in cell.outputs]
-    return outputs
-
-
-def test_a_run_with_many_faults_whose_cells_all_run_twice(kernel, source, tmp_path, monkeypatch):
-    """Ends with a submission, tells of each fault, and finds the same again in each cell."""
-    turn_line_ends(source)
-    add_mark(source)
-    os.truncate(source / "train_images" / IMAGE, 9999)
-    broken = sorted((source / "test_images").iterdir())[0]
-    broken.write_text("text")
-    shutil.copy(source / "train_images" / IMAGE, source / "test_images" / "other.jpg")
-    sizes = {"image_size": [64, 96], "classifier_size": [64, 96], "held_out": [0], "flips": False}
-    overrides = {**sizes, "epochs": 1, "classifier_epochs": [1, 1], "broken_share": 0.1}
-    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": tmp_path / "output"}
-    variables |= {"CLOUDS_OVERRIDES": json.dumps(overrides), "CLOUDS_PRESET": "SAMPLE"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    notebook = jupytext.reads(CELLS, fmt="py:percent")
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    notebook.cells = [copy.deepcopy(cell) for cell in cells for _ in range(2)]
-    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
-    for first, second in zip(notebook.cells[::2], notebook.cells[1::2]):
-        assert shown(first) == shown(second), first.source
-    assert len([cell for cell in notebook.cells if any(shown(cell))]) > 40
-    submission = tmp_path / "output" / "submission.csv"
-    table = kernel.check_submission(submission, source / "sample_submission.csv")
-    assert (table.loc[table["image"] == broken.name, "EncodedPixels"] == "").all()
-    assert (table["EncodedPixels"] != "").any()
-    warnings = json.loads((tmp_path / "output" / "results.json").read_text())["warnings"]
-    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.outputs)
-    assert f"warnings: {warnings}\n" in printed and len(warnings) == 3
-    for part in ("1 more files", IMAGE, broken.name):
-        (warning,) = (warning for warning in warnings if part in warning)
-        assert f"Warning: {warning}\n" in printed

@@ -1,43 +1,20 @@
-"""Build the classifier and EfficientUNet: what is installed, what computes, what is inside."""
+"""Build the classifier takes what computes, builds encoders and finds their weights.
+
+The classifier, its loss and its optimiser are what their definitions say.
+"""
 
 import inspect
-import os
+import math
 import subprocess
-import sys
 import types
 
 import efficientnet.tfkeras
 import numpy as np
 import pytest
-import segmentation_models
 import tensorflow as tf
-from conftest import ROOT
+from conftest import ENCODER, pack
 
-SMALL = "segmentation-models==1.0.1 image-classifiers==1.0.0 efficientnet==1.0.0 "
-SMALL += "keras-applications==1.0.8 keras-rectified-adam==0.20.0"
-TPU = [
-    "uninstall --yes tensorflow tensorflow-cpu",
-    "install tensorflow-tpu==2.19.1 libtpu==0.0.10",
-    "install --no-deps tf_keras==2.19.0",
-]
-SKIMAGE = "scikit-image==0.25.2 lazy-loader==0.4"
-
-
-@pytest.mark.parametrize(
-    ("environment", "modules", "calls"),
-    [
-        ({}, {"skimage"}, [f"install --no-deps {SMALL}"]),
-        ({}, set(), [f"install --no-deps {SMALL} {SKIMAGE}"]),
-        ({"ISTPUVM": "1"}, set(), [f"install --no-deps {SMALL} {SKIMAGE}", *TPU]),
-    ],
-    ids=["GPU", "bare", "TPU"],
-)
-def test_each_image_of_kaggle_gets_what_it_lacks(kernel, environment, modules, calls):
-    assert kernel.list_pip_calls(environment, modules.__contains__) == calls
-
-
-def test_where_all_is_there_nothing_is_installed(kernel):
-    assert kernel.list_pip_calls({}) == []
+# What computes
 
 
 def pretend_gpus(monkeypatch, kernel, gpus, answer):
@@ -91,97 +68,7 @@ def test_a_tpu_machine_without_a_tpu_ends_the_run_and_says_what_to_do(kernel):
         kernel.choose_accelerator({"ISTPUVM": "1"})
 
 
-def test_keras_3_loaded_before_the_notebook_is_refused_at_the_imports():
-    code = "import tensorflow as tf; tf.keras.Model; exec(open('kernel.py').read())"
-    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "0"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "RuntimeError: Keras 3 is loaded already. Restart" in done.stderr
-
-
-ENCODER = (0.5, 0.3)
-
-
-@pytest.fixture(scope="module")
-def unets(kernel, tiny):
-    """The U-Net with either activation."""
-    configs = {name: kernel.replace(tiny, activation=name) for name in ("sigmoid", "softmax")}
-    return {x: kernel.build_efficient_unet(c, ENCODER, (64, 96)) for x, c in configs.items()}
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Two random images."""
-    return np.random.default_rng(0).integers(256, size=(2, 64, 96, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize(("activation", "channels"), [("sigmoid", 4), ("softmax", 5)])
-def test_unet_takes_bytes_and_gives_float32_probabilities(unets, images, activation, channels):
-    probabilities = unets[activation](images).numpy()
-    assert probabilities.shape == (2, 64, 96, channels) and probabilities.dtype == np.float32
-    assert probabilities.min() >= 0 and probabilities.max() <= 1
-    if activation == "softmax":
-        np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_classifier_takes_bytes_and_gives_float32_probabilities(kernel, tiny, images, activation):
-    config = kernel.replace(tiny, activation=activation)
-    probabilities = kernel.build_classifier(config, ENCODER, (64, 96))(images).numpy()
-    assert probabilities.shape == (2, 4) and probabilities.dtype == np.float32
-    assert probabilities.min() > 0 and probabilities.max() < 1
-    if activation == "softmax":
-        np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-5)
-
-
-def test_normalisation_is_the_one_the_encoder_was_trained_with(unets, images):
-    model = unets["sigmoid"]
-    normalised = tf.keras.Model(model.input, model.get_layer(index=1).output)(images)
-    expected = efficientnet.tfkeras.preprocess_input(images.astype(np.float32))
-    np.testing.assert_allclose(normalised, expected, atol=1e-5)
-
-
-def upsampling_layers(unet):
-    """The five layers that double the size."""
-    return [layer for layer in unet.layers if isinstance(layer, tf.keras.layers.UpSampling2D)]
-
-
-def test_decoder_upsamples_bilinearly(unets):
-    unet = unets["sigmoid"].get_layer(index=2)
-    layers = upsampling_layers(unet)
-    assert len(layers) == 5
-    ends = tf.keras.Model(unet.input, [(layer.input, layer.output) for layer in layers])
-    for low, high in ends(tf.random.stateless_normal((1, 64, 96, 3), (0, 0))):
-        expected = tf.image.resize(low, high.shape[1:3], "bilinear")
-        np.testing.assert_allclose(high, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_whole_network_follows_the_interpolation(unets, images):
-    model = unets["sigmoid"]
-    bilinear = model(images).numpy()
-    for layer in upsampling_layers(model.get_layer(index=2)):
-        layer.interpolation = "nearest"
-    nearest = model(images).numpy()
-    for layer in upsampling_layers(model.get_layer(index=2)):
-        layer.interpolation = "bilinear"
-    assert np.abs(bilinear - nearest).max() > 1e-3
-    np.testing.assert_array_equal(model(images), bilinear)
-
-
-def test_batch_normalisation_takes_its_momentum_from_the_configuration(unets, tiny):
-    layers = unets["sigmoid"].get_layer(index=2).layers
-    momenta = {x.momentum for x in layers if isinstance(x, tf.keras.layers.BatchNormalization)}
-    assert momenta == {tiny.batch_norm_momentum}
-
-
-@pytest.mark.parametrize(
-    ("encoder", "size"), [("efficientnetb0", (32, 64)), ("efficientnetb3", (96, 160))]
-)
-def test_unet_has_the_parameters_of_the_package_s_own(kernel, tiny, encoder, size):
-    model = kernel.build_efficient_unet(tiny, encoder, size)
-    reference = segmentation_models.Unet(encoder, (*size, 3), classes=4, encoder_weights=None)
-    assert model.count_params() == reference.count_params()
-    assert model(np.zeros((1, *size, 3), np.uint8)).shape == (1, *size, 4)
+# Encoders
 
 
 def count_published(width, depth):
@@ -220,18 +107,11 @@ def test_scaling_multiplies_channels_and_repeats_layers(kernel, tiny):
     assert encoder.get_layer("top_conv").filters == 1920
 
 
-@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
-def test_halves_are_used_in_the_layers_only(kernel, tiny, images, precision):
-    tf.keras.mixed_precision.set_global_policy(precision)
-    try:
-        model = kernel.build_efficient_unet(tiny, ENCODER, (64, 96))
-    finally:
-        tf.keras.mixed_precision.set_global_policy("float32")
-    assert model.get_layer(index=2).output.dtype.name == precision.removeprefix("mixed_")
-    assert model.output.dtype == tf.float32
-    assert {weight.dtype for weight in model.weights} == {tf.float32}  # batch statistics too
-    loss = kernel.unet_loss(tiny, tf.zeros((2, 64, 96), tf.uint8), model(images))
-    assert loss.dtype == tf.float32 and loss.shape == (2,) and np.isfinite(loss).all()
+def test_normalisation_is_the_one_the_encoder_was_trained_with(unets, images):
+    model = unets["sigmoid"]
+    normalised = tf.keras.Model(model.input, model.get_layer(index=1).output)(images)
+    expected = efficientnet.tfkeras.preprocess_input(images.astype(np.float32))
+    np.testing.assert_allclose(normalised, expected, atol=1e-5)
 
 
 NAME = "efficientnet-b0_weights_tf_dim_ordering_tf_kernels_autoaugment_notop.h5"
@@ -306,3 +186,91 @@ def test_the_home_folder_is_expanded_in_encoder_weights(
     config = kernel.replace(tiny, encoder_weights="~/x.h5")
     kernel.build_classifier(config, ENCODER, (64, 96))
     assert sources == [str(tmp_path / "x.h5")]
+
+
+def test_initial_weights_of_another_encoder_are_refused_before_training(kernel, tiny, tmp_path):
+    path = tmp_path / "encoder.h5"
+    same = kernel.build_classifier(tiny, (0.5, 0.3), (64, 96)).get_layer(index=2)
+    same.save_weights(path)
+    config = kernel.replace(tiny, encoder_weights=str(path))
+    loaded = kernel.build_classifier(config, (0.5, 0.3), (64, 96)).get_layer(index=2)
+    for first, second in zip(same.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(first, second)
+    half = tmp_path / "half.h5"
+    half.write_bytes(path.read_bytes()[:9999])
+    cases = (path, (0.5, 0.6)), (half, (0.5, 0.3)), (tmp_path / "no.h5", (0.5, 0.3))
+    for weights, encoder in (*cases, ("imagenet", (1.0, 1.2))):
+        config = kernel.replace(tiny, encoder_weights=str(weights))
+        for build in (kernel.build_classifier, kernel.build_efficient_unet):
+            with pytest.raises(ValueError, match=f"cannot be built with encoder_weights {weights}"):
+                build(config, encoder, (64, 96))
+
+
+# The classifier, its loss and its optimiser
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_classifier_takes_bytes_and_gives_float32_probabilities(kernel, tiny, images, activation):
+    config = kernel.replace(tiny, activation=activation)
+    probabilities = kernel.build_classifier(config, ENCODER, (64, 96))(images).numpy()
+    assert probabilities.shape == (2, 4) and probabilities.dtype == np.float32
+    assert probabilities.min() > 0 and probabilities.max() < 1
+    if activation == "softmax":
+        np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_the_classifier_s_loss_asks_for_a_pixel_of_the_mask(kernel):
+    masks = np.zeros((2, 5, 6, 4), np.uint8)
+    masks[0, 4, 5, 1] = masks[1, :, :, 3] = masks[1, 0, 0, 0] = 1
+    probabilities = np.array([[0.1, 0.8, 0.3, 0.4], [0.6, 0.2, 0.1, 0.9]])
+    found = kernel.classifier_loss(kernel.BEST, pack(masks), tf.constant(probabilities))
+    right = np.array([[0.9, 0.8, 0.7, 0.6], [0.6, 0.8, 0.9, 0.9]])
+    np.testing.assert_allclose(found, -np.log(right).mean(axis=1), rtol=1e-5)
+    softmax = np.array([[0.1, 0.6, 0.2, 0.1], [0.3, 0.1, 0.1, 0.5]])
+    found = kernel.classifier_loss(kernel.PAPER, pack(masks), tf.constant(softmax))
+    expected = [-np.log(0.6), -np.log(0.3) - np.log(0.5)]  # a 1 for each class in the image
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_rectified_adam_warms_up_and_decays(kernel):
+    """Step for step equal to the algorithm of arXiv 1908.03265 with a linear rise and fall."""
+    total, peak, first_decay, second_decay = 40, 0.01, 0.9, 0.999
+    # Eight images in a step: the square root of a quarter of the rate for 32.
+    config = kernel.replace(kernel.BEST, learning_rate=2 * peak)
+    variable = tf.Variable([1.0, -2.0])
+    optimizer = kernel.make_optimizer(config, 8, total)
+    expected = np.array([1.0, -2.0])
+    mean, square = np.zeros(2), np.zeros(2)
+    longest = 2 / (1 - second_decay) - 1
+    for step in range(1, total + 1):
+        gradient = np.array([math.sin(step), 0.5])
+        optimizer.apply_gradients([(tf.constant(gradient, tf.float32), variable)])
+        mean = first_decay * mean + (1 - first_decay) * gradient
+        square = second_decay * square + (1 - second_decay) * gradient**2
+        length = longest - 2 * step * second_decay**step / (1 - second_decay**step)
+        rate = peak * step / 4 if step <= 4 else peak + (peak / 100 - peak) * (step - 4) / 36
+        update = mean / (1 - first_decay**step)
+        if length >= 5:
+            update /= np.sqrt(square / (1 - second_decay**step)) + 1e-7
+            numerator = (length - 4) * (length - 2) * longest
+            update *= math.sqrt(numerator / ((longest - 4) * (longest - 2) * length))
+        expected = expected - rate * update
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=2e-4)
+
+
+def test_each_update_is_the_package_s_own(kernel):
+    """For gradients of all sizes, with a last step that is moved on the way."""
+    fused = kernel.make_optimizer(kernel.replace(kernel.PAPER, learning_rate=1e-3), 32, 60)
+    (package,) = {base for base in type(fused).__mro__ if base.__name__ == "RAdam"}
+    own = package(1e-3, total_steps=60, warmup_proportion=0.1, min_lr=1e-5)
+    random = np.random.default_rng(0)
+    first, second = (tf.Variable(np.zeros((3, 4), np.float32)) for _ in range(2))
+    for step in range(70):
+        if step == 40:
+            fused.total_steps = own.total_steps = 50.0
+        gradient = random.normal(size=(3, 4)) * 10.0 ** random.uniform(-3, 3, (3, 4))
+        before = second.numpy()
+        for optimizer, variable in ((fused, first), (own, second)):
+            optimizer.apply_gradients([(tf.constant(gradient, tf.float32), variable)])
+        assert np.abs(second.numpy() - before).max() > 1e-7
+        np.testing.assert_allclose(first.numpy(), second.numpy(), rtol=1e-5, atol=1e-6)

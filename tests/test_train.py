@@ -1,4 +1,7 @@
-"""Train: folders of members, the clock, several replicas, XLA, and going on when killed."""
+"""Train keeps the best weights, ends in its time, and goes on where it was interrupted or killed.
+
+It does so on one device, on several, and with XLA.
+"""
 
 import json
 import math
@@ -21,7 +24,7 @@ FOREVER = 1e12  # seconds
 
 def run_python(code, *arguments):
     """Run code that has the notebook's definitions as `kernel`, in a process of its own."""
-    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_training as tests\n"
+    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_train as tests\n"
     start += "from conftest import KERNEL as kernel\n"
     command = [sys.executable, "-c", start + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -648,7 +651,6 @@ def test_what_does_not_shape_a_network_may_change(kernel, tiny, labels, tmp_path
     assert plan(kernel, tiny, labels, tmp_path) == plan(kernel, other, labels, tmp_path)
     classifiers = {
         "classifier_epochs": (5, 3),
-        "classifier_batch_size": 2,
         "classifier_size": (32, 64),
     }
     other = kernel.replace(tiny, **classifiers)

@@ -1,4 +1,7 @@
-"""Augment and batch: images, augmentation, epochs and batches."""
+"""Augment and batch moves an image and its masks alike, and feeds each image in full batches.
+
+In an epoch every image is there as it is and once augmented.
+"""
 
 import itertools
 import threading
@@ -6,33 +9,11 @@ import time
 from collections import Counter
 
 import albumentations
-import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-
-@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (700, 1050), (350, 525), (128, 192)])
-def test_image_is_the_resized_jpeg_in_rgb(kernel, paths, size):
-    image = kernel.read_image(paths[0], size)
-    reference = cv2.imread(str(paths[0]))[..., ::-1]
-    reference = cv2.resize(reference, size[::-1], interpolation=cv2.INTER_AREA)
-    assert image.shape == (*size, 3) and image.dtype == np.uint8
-    tolerance = 0 if size == (1400, 2100) else 4  # of 255: another filter on the way down
-    assert np.abs(image.astype(int) - reference).mean() <= tolerance
-
-
-def test_undecodable_image_is_named(kernel, tmp_path):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(b"not a jpeg")
-    with pytest.raises(ValueError, match=f"{path} cannot be read"):
-        kernel.read_image(path, (64, 96))
-    gone = tmp_path / "gone.jpg"
-    with pytest.raises(ValueError, match=f"{gone} cannot be read .*No such file"):
-        kernel.read_image(gone, (64, 96))
-
 
 SIZE = (96, 160)
 BOX = st.tuples(st.integers(10, 60), st.integers(10, 120), st.integers(5, 25), st.integers(5, 30))
@@ -134,102 +115,6 @@ def test_rotation_is_limited_and_probability_is_obeyed(kernel):
             np.testing.assert_array_equal(found, given_)
 
 
-def test_the_distortion_is_the_library_s_own(kernel, labels, paths):
-    """Ours only leaves out copies on the way."""
-    image, plane = kernel.load_example(kernel.SAMPLE, (256, 384), paths[0], labels.iloc[0])
-    for draw in range(5):
-        found = []
-        for own in (True, False):
-            compose = kernel.make_augmentation(kernel.SAMPLE, draw)
-            if not own:
-                compose.transforms[3]._set_keys()
-            for transform in compose.transforms:
-                transform.p = 1.0
-            found.append(compose(image=image, mask=plane))
-        for part in ("image", "mask"):
-            np.testing.assert_array_equal(found[0][part], found[1][part])
-        assert (found[0]["image"] != image).any()
-
-
-def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
-    plans = [kernel.plan_epoch(50, epoch, seed) for epoch, seed in ((0, 1), (0, 1), (1, 1), (0, 2))]
-    for plan in plans:
-        as_is = plan[:, 1] == kernel.AS_IS
-        assert sorted(plan[as_is, 0]) == sorted(plan[~as_is, 0]) == list(range(50))
-    np.testing.assert_array_equal(plans[0], plans[1])
-    for other in plans[2:]:  # another order, and other draws
-        assert (plans[0][:, 0] != other[:, 0]).any()
-        assert len(set(plans[0][:, 1]) & set(other[:, 1])) == 1
-
-
-@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (320, 480), (350, 525), (33, 777)])
-def test_plane_takes_the_value_at_each_pixel_s_centre(kernel, labels, size):
-    rows, columns = (
-        [(2 * index + 1) * long // (2 * short) for index in range(short)]
-        for long, short in zip(kernel.ORIGINAL_SIZE, size)
-    )
-    for rles in labels.to_numpy()[:4]:
-        plane = kernel.read_plane(rles, size)
-        assert plane.shape == size and plane.dtype == np.uint8
-        for bit, rle in enumerate(rles):
-            mask = kernel.decode_rle(rle, kernel.ORIGINAL_SIZE)[rows][:, columns]
-            np.testing.assert_array_equal(plane >> bit & 1, mask)
-
-
-def test_planes_are_split_into_masks(kernel):
-    planes = np.random.default_rng(0).integers(16, size=(3, 5, 7), dtype=np.uint8)
-    found = kernel.split_planes(tf.constant(planes))
-    assert found.dtype == tf.uint8
-    np.testing.assert_array_equal(found, planes[..., None] >> np.arange(4) & 1)
-
-
-def collect(dataset, batches=None):
-    """The first examples of a dataset, as arrays of images, planes and weights."""
-    taken = [tuple(part.numpy() for part in batch) for batch in itertools.islice(dataset, batches)]
-    return [np.concatenate(parts) for parts in zip(*taken)]
-
-
-@pytest.mark.parametrize("done", [0, 17, 24, 31])
-def test_training_batches_are_full_and_epochs_follow_the_plan(kernel, tiny, labels, paths, done):
-    asked = []
-    dataset = kernel.make_dataset(tiny, (64, 96), 5, paths, labels, lambda: asked.append(1) or done)
-    assert not asked  # only when the epochs begin, after a state was restored
-    images, planes, weights = collect(dataset, 8)
-    assert asked == [1] and (weights == 1).all()
-    assert images.shape == (40, 64, 96, 3) and planes.shape == (40, 64, 96)
-    assert images.dtype == planes.dtype == np.uint8
-    plan = np.concatenate([kernel.plan_epoch(12, epoch, tiny.seed) for epoch in range(3)])
-    for (index, draw), image, plane in zip(plan[done:], images, planes):
-        expected = kernel.load_example(tiny, (64, 96), paths[index], labels.iloc[index], draw)
-        np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_array_equal(plane, expected[1])
-
-
-def test_an_augmented_example_is_augmented(kernel, tiny, labels, paths):
-    plain = kernel.load_example(tiny, (64, 96), paths[0], labels.iloc[0])
-    for draw in (1, 2):
-        config = kernel.replace(tiny, augmentation_probability=1.0)
-        image, plane = kernel.load_example(config, (64, 96), paths[0], labels.iloc[0], draw)
-        expected = augment(kernel, config, *plain, draw)
-        np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_array_equal(plane, expected[1])
-        assert (image != plain[0]).any()
-
-
-def test_the_last_image_fills_up_its_batch_and_weighs_nothing(kernel, tiny, labels, paths):
-    dataset = kernel.make_dataset(tiny, (64, 96), 5, paths, labels)
-    assert {part.shape[0] for part in dataset.element_spec} == {5}  # static, as a TPU needs
-    images, planes, weights = collect(dataset)
-    assert len(images) == len(planes) == 15
-    np.testing.assert_allclose(weights, [15 / 12] * 12 + [0] * 3)
-    for index in range(15):
-        expected = kernel.load_example(
-            tiny, (64, 96), *(p[min(index, 11)] for p in (paths, labels.to_numpy()))
-        )
-        np.testing.assert_array_equal(images[index], expected[0])
-        np.testing.assert_array_equal(planes[index], expected[1])
-
-
 EXTRA = [
     albumentations.RandomBrightnessContrast(p=1.0),  # of pixels only
     albumentations.ShiftScaleRotate(p=1.0),
@@ -257,6 +142,85 @@ def test_transforms_may_be_added_removed_and_reordered(
         image, plane = kernel.load_example(tiny, (64, 96), paths[0], labels.iloc[0], draw)
         assert image.shape == (64, 96, 3) and plane.shape == (64, 96) and plane.max() < 16
         assert image.dtype == plane.dtype == np.uint8
+
+
+@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (320, 480), (350, 525), (33, 777)])
+def test_plane_takes_the_value_at_each_pixel_s_centre(kernel, labels, size):
+    rows, columns = (
+        [(2 * index + 1) * long // (2 * short) for index in range(short)]
+        for long, short in zip(kernel.ORIGINAL_SIZE, size)
+    )
+    for rles in labels.to_numpy()[:4]:
+        plane = kernel.read_plane(rles, size)
+        assert plane.shape == size and plane.dtype == np.uint8
+        for bit, rle in enumerate(rles):
+            mask = kernel.decode_rle(rle, kernel.ORIGINAL_SIZE)[rows][:, columns]
+            np.testing.assert_array_equal(plane >> bit & 1, mask)
+
+
+def test_planes_are_split_into_masks(kernel):
+    planes = np.random.default_rng(0).integers(16, size=(3, 5, 7), dtype=np.uint8)
+    found = kernel.split_planes(tf.constant(planes))
+    assert found.dtype == tf.uint8
+    np.testing.assert_array_equal(found, planes[..., None] >> np.arange(4) & 1)
+
+
+def test_an_augmented_example_is_augmented(kernel, tiny, labels, paths):
+    plain = kernel.load_example(tiny, (64, 96), paths[0], labels.iloc[0])
+    for draw in (1, 2):
+        config = kernel.replace(tiny, augmentation_probability=1.0)
+        image, plane = kernel.load_example(config, (64, 96), paths[0], labels.iloc[0], draw)
+        expected = augment(kernel, config, *plain, draw)
+        np.testing.assert_array_equal(image, expected[0])
+        np.testing.assert_array_equal(plane, expected[1])
+        assert (image != plain[0]).any()
+
+
+def test_an_epoch_holds_every_image_as_it_is_and_once_augmented(kernel):
+    plans = [kernel.plan_epoch(50, epoch, seed) for epoch, seed in ((0, 1), (0, 1), (1, 1), (0, 2))]
+    for plan in plans:
+        as_is = plan[:, 1] == kernel.AS_IS
+        assert sorted(plan[as_is, 0]) == sorted(plan[~as_is, 0]) == list(range(50))
+    np.testing.assert_array_equal(plans[0], plans[1])
+    for other in plans[2:]:  # another order, and other draws
+        assert (plans[0][:, 0] != other[:, 0]).any()
+        assert len(set(plans[0][:, 1]) & set(other[:, 1])) == 1
+
+
+def collect(dataset, batches=None):
+    """The first examples of a dataset, as arrays of images, planes and weights."""
+    taken = [tuple(part.numpy() for part in batch) for batch in itertools.islice(dataset, batches)]
+    return [np.concatenate(parts) for parts in zip(*taken)]
+
+
+@pytest.mark.parametrize("done", [0, 17, 24, 31])
+def test_training_batches_are_full_and_epochs_follow_the_plan(kernel, tiny, labels, paths, done):
+    asked = []
+    dataset = kernel.make_dataset(tiny, (64, 96), 5, paths, labels, lambda: asked.append(1) or done)
+    assert not asked  # only when the epochs begin, after a state was restored
+    images, planes, weights = collect(dataset, 8)
+    assert asked == [1] and (weights == 1).all()
+    assert images.shape == (40, 64, 96, 3) and planes.shape == (40, 64, 96)
+    assert images.dtype == planes.dtype == np.uint8
+    plan = np.concatenate([kernel.plan_epoch(12, epoch, tiny.seed) for epoch in range(3)])
+    for (index, draw), image, plane in zip(plan[done:], images, planes):
+        expected = kernel.load_example(tiny, (64, 96), paths[index], labels.iloc[index], draw)
+        np.testing.assert_array_equal(image, expected[0])
+        np.testing.assert_array_equal(plane, expected[1])
+
+
+def test_the_last_image_fills_up_its_batch_and_weighs_nothing(kernel, tiny, labels, paths):
+    dataset = kernel.make_dataset(tiny, (64, 96), 5, paths, labels)
+    assert {part.shape[0] for part in dataset.element_spec} == {5}  # static, as a TPU needs
+    images, planes, weights = collect(dataset)
+    assert len(images) == len(planes) == 15
+    np.testing.assert_allclose(weights, [15 / 12] * 12 + [0] * 3)
+    for index in range(15):
+        expected = kernel.load_example(
+            tiny, (64, 96), *(p[min(index, 11)] for p in (paths, labels.to_numpy()))
+        )
+        np.testing.assert_array_equal(images[index], expected[0])
+        np.testing.assert_array_equal(planes[index], expected[1])
 
 
 @pytest.mark.parametrize("processors", [1, 2])

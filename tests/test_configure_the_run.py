@@ -1,9 +1,10 @@
-"""Configure the run: presets, overrides and folders."""
+"""Configure the run takes a preset, single fields and folders, and refuses what is not allowed."""
 
 import dataclasses
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -81,7 +82,6 @@ REFUSED = [
     ({"held_out": ["0"]}, "held_out.*valid integer.*'0'"),
     ({"batch_size": 0}, "batch_size.*greater than or equal to 1.*input_value=0"),
     ({"batch_size": 2.5}, "batch_size.*valid integer.*2.5"),
-    ({"classifier_batch_size": -4}, "classifier_batch_size.*-4"),
     ({"epochs": 0}, "epochs.*greater than or equal to 1.*input_value=0"),
     ({"epochs": True}, "epochs.*valid integer.*True"),
     ({"classifier_epochs": [20, 0]}, "classifier_epochs.*greater than or equal to 1"),
@@ -149,45 +149,6 @@ def test_overrides_that_are_no_object_are_refused_with_their_name(kernel, text):
         kernel.choose_config("BEST", "fold", {})
 
 
-def make_input(folder):
-    """An empty folder in the layout of the competition's data."""
-    for part in ("train_images", "test_images"):
-        (folder / part).mkdir(parents=True)
-    for part in ("train.csv", "sample_submission.csv"):
-        (folder / part).touch()
-    return folder
-
-
-def test_input_is_found_at_each_mount_point_newest_first(kernel, tmp_path):
-    kaggle = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
-    deep = make_input(tmp_path / "datasets" / "someone" / "clouds")
-    assert kernel.find_input(None, kaggle, tmp_path) == deep
-    former = make_input(tmp_path / "understanding_cloud_organization")
-    assert kernel.find_input(None, kaggle, tmp_path) == former
-    present = make_input(tmp_path / "competitions" / "understanding_cloud_organization")
-    assert kernel.find_input(None, kaggle, tmp_path) == present
-    assert kernel.find_input(str(deep), kaggle, tmp_path) == deep
-    assert kernel.find_input(str(deep), {"CLOUDS_INPUT": str(former)}, tmp_path) == former
-
-
-def test_missing_input_names_all_places_and_how_to_attach_it(kernel, tmp_path):
-    kaggle, competition = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "understanding_cloud_organization"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "train.csv").touch()
-    with pytest.raises(FileNotFoundError, match="Add Input.*accept its rules.*unzip") as error:
-        kernel.find_input(None, kaggle, tmp_path)
-    for place in (f"competitions/{competition}", competition):
-        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
-    assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
-    with pytest.raises(FileNotFoundError, match="elsewhere has no train.csv, train_images, sample"):
-        kernel.find_input(None, {"CLOUDS_INPUT": str(tmp_path / "elsewhere")}, tmp_path)
-
-
-def test_without_competition_data_the_sample_is_read(kernel, sample, tmp_path, monkeypatch):
-    monkeypatch.chdir(sample.parents[1])
-    assert kernel.find_input(None, {}, tmp_path).resolve() == sample
-
-
 def test_earlier_outputs_are_found_where_kaggle_mounts_them_or_where_it_is_said(kernel, tmp_path):
     attached, dataset = tmp_path / "notebooks" / "someone" / "clouds-b1", tmp_path / "my-dataset"
     for folder in (attached, dataset):
@@ -199,3 +160,12 @@ def test_earlier_outputs_are_found_where_kaggle_mounts_them_or_where_it_is_said(
     assert kernel.find_earlier(None, {}, tmp_path / "none") == []
     with pytest.raises(FileNotFoundError, match="no members in elsewhere"):
         kernel.find_earlier(["elsewhere"], {}, tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_refused_by_its_name(begin, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    for folder in (tmp_path / "file", Path("/proc/output")):
+        monkeypatch.setenv("CLOUDS_OUTPUT", str(folder))
+        with pytest.raises(OSError, match=str(folder)):
+            begin()
+    assert (tmp_path / "file").read_text() == "text"

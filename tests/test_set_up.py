@@ -1,0 +1,48 @@
+"""Set up installs what an image of Kaggle lacks, in fixed versions, and refuses a wrong Keras."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SMALL = "segmentation-models==1.0.1 image-classifiers==1.0.0 efficientnet==1.0.0 "
+SMALL += "keras-applications==1.0.8 keras-rectified-adam==0.20.0"
+TPU = [
+    "uninstall --yes tensorflow tensorflow-cpu",
+    "install tensorflow-tpu==2.19.1 libtpu==0.0.10",
+    "install --no-deps tf_keras==2.19.0",
+]
+SKIMAGE = "scikit-image==0.25.2 lazy-loader==0.4"
+
+
+@pytest.mark.parametrize(
+    ("environment", "modules", "calls"),
+    [
+        ({}, {"skimage"}, [f"install --no-deps {SMALL}"]),
+        ({}, set(), [f"install --no-deps {SMALL} {SKIMAGE}"]),
+        ({"ISTPUVM": "1"}, set(), [f"install --no-deps {SMALL} {SKIMAGE}", *TPU]),
+    ],
+    ids=["GPU", "bare", "TPU"],
+)
+def test_each_image_of_kaggle_gets_what_it_lacks(kernel, environment, modules, calls):
+    assert kernel.list_pip_calls(environment, modules.__contains__) == calls
+
+
+def test_where_all_is_there_nothing_is_installed(kernel):
+    assert kernel.list_pip_calls({}) == []
+
+
+def test_requirements_and_first_cell_name_the_same_versions(kernel):
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = {line.split("  #")[0] for line in requirements}
+    assert set(" ".join(kernel.PACKAGES.values()).split()) <= requirements
+
+
+def test_keras_3_loaded_before_the_notebook_is_refused_at_the_imports():
+    code = "import tensorflow as tf; tf.keras.Model; exec(open('kernel.py').read())"
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "RuntimeError: Keras 3 is loaded already. Restart" in done.stderr
