@@ -1,7 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
-#     cell_metadata_filter: tags,-all
+#     cell_metadata_filter: tags,jupyter,_kg_hide-input,-all
 #     formats: ipynb,py:percent
 #     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
@@ -17,7 +17,7 @@
 # Climate scientists named four of them, *Fish*, *Flower*, *Gravel* and *Sugar*, and labellers drew
 # boxes around them in satellite pictures. The competition [Understanding Clouds from Satellite
 # Images](https://www.kaggle.com/c/understanding_cloud_organization) asks for the same in pictures
-# whose labels it keeps: four masks per picture, each of which may be empty.
+# whose labels are withheld: four masks per picture, each of which may be empty.
 #
 # This notebook goes from `train.csv` to `submission.csv` along the paper [Classification and
 # understanding of cloud structures via satellite images with
@@ -34,7 +34,9 @@
 # an empty mask for an absent class counts 1. The paper reports .6611 on the private leaderboard in
 # its Table III and .6602 in its text; the competition was won with .67175.
 #
-# You need to know Python and what a convolutional network is. Sizes are always (height, width).
+# You need to know Python and what a convolutional network is. Sizes are always (height, width). On
+# the twelve drawn pictures of the sample a run takes about two minutes on two CPU cores; on Kaggle
+# it takes what a session has.
 
 # %% [markdown]
 # ## Set up
@@ -43,7 +45,7 @@
 # Kaggle has already, in versions that fit each other. A TPU needs another TensorFlow, together with
 # the legacy Keras that goes with it.
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 import importlib.metadata
 import importlib.util
 import os
@@ -84,7 +86,7 @@ for call in list_pip_calls():
 # %% tags=["nbval-ignore-output"]
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 os.environ["SM_FRAMEWORK"] = "tf.keras"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no notes of TensorFlow's libraries between the results
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # no notes of TensorFlow's libraries between the results
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no look on the internet for a newer version
 
 import ast
@@ -126,9 +128,11 @@ if not tf.keras.Model.__module__.startswith("tf_keras"):
     raise RuntimeError("Keras 3 is loaded already. Restart, and run all cells from the top.")
 
 # %% [markdown]
-# The next cell is the only one that a run needs to be told in; the choices are explained below, in
-# *Configure the run*. In the environment, `CLOUDS_PRESET`, `CLOUDS_OVERRIDES` (JSON),
-# `CLOUDS_INPUT`, `CLOUDS_OUTPUT` and `CLOUDS_EARLIER` win over it.
+# ### Parameters
+#
+# What a run shall do is set in the next cell alone. *Configure the run* explains the choices. In
+# the environment, `CLOUDS_PRESET`, `CLOUDS_OVERRIDES` (JSON), `CLOUDS_INPUT`, `CLOUDS_OUTPUT` and
+# `CLOUDS_EARLIER` win over it.
 
 # %% tags=["parameters"]
 preset = None  # "PAPER", "BEST" or "SAMPLE"; None is BEST on Kaggle and SAMPLE elsewhere
@@ -142,9 +146,9 @@ earlier_folders = None  # outputs of earlier sessions; None finds those attached
 #
 # `train.csv` has a row for each pair of an image and a class, with a mask in *run-length encoding*:
 # pixels are numbered from 1 down the first column, then down the second, and so on; each run of
-# mask pixels is its first number and its length. The empty mask is the empty string. Each mask has
-# one encoding, and every other string is refused: an odd count, a run that leaves the image, runs
-# that overlap, touch or are out of order.
+# mask pixels is its first number and its length. The empty mask is the empty string. A mask has
+# exactly one valid encoding: an odd count of numbers is refused, and so are runs that leave the
+# image, overlap, touch or are out of order.
 
 # %%
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
@@ -186,7 +190,7 @@ def decode_rle(rle, size):
 # computed, and an error names the file, the line and what was expected.
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def read_rows(path, size):
     """A CSV file of Image_Label and EncodedPixels, with the columns image and class added.
 
@@ -240,7 +244,7 @@ def read_labels(path, size=ORIGINAL_SIZE):
     return labels
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input")):
     """The folder that holds the competition's data.
 
@@ -269,7 +273,7 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
 # that is configured, and such a test image gets empty masks. Resized copies are used as they are,
 # with the masks of `train.csv`. The report repeats all warnings.
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 WARNINGS = {}  # by what they are about
 
 
@@ -519,16 +523,17 @@ test_faults = find_faults(test_folder, rows["image"].unique())
 test_names = [name for name in rows["image"].unique() if name not in test_faults][:limit]
 warn("image_limit", limit and f"Only {len(labels)} training and {len(test_names)} test images.")
 if (folds.value_counts().reindex(wanted.held_out).fillna(0) < 2).any() or not test_names:
-    raise ValueError(f"{len(labels)} images in {wanted.folds} folds, {len(test_names)} to predict.")
+    raise ValueError(f"Too few: {len(labels)} for {wanted.folds} folds, {len(test_names)} to test.")
 test_images = [test_folder / name for name in test_names], pd.DataFrame("", test_names, CLASSES)
 if not submission_path.exists():  # from here on there is a file to hand in, of empty masks
     rows.assign(EncodedPixels="").to_csv(submission_path, columns=rows.columns[:2], index=False)
 present.groupby(folds).mean().assign(images=folds.value_counts()).round(3)
 
 # %% [markdown]
-# Each fold looks like the whole. In the competition's 5,546 images Sugar is the most frequent class
-# (.676) and Flower the rarest (.426); no image is without any class, and three of four hold
-# several. Nearly half of all masks are empty: empty masks alone would score .4665 on them.
+# Among thousands of images, each fold looks like the whole. In the competition's 5,546 Sugar is the
+# most frequent class (.676) and Flower the rarest (.426); no image is without any class, and three
+# of four hold several. Nearly half of all masks are empty: empty masks alone would score .4665 on
+# them.
 
 # %% [markdown]
 # ## Augment and batch
@@ -967,16 +972,16 @@ def unet_loss(config, planes, probabilities):
 # %% [markdown]
 # ## Train
 #
-# A *member* is what one encoder and one held-out fold leave: three networks, each with a folder of
-# its own below `members`. The *baseline* is the classifier with the encoder frozen as it came from
+# A *member* is an encoder trained on all folds but one: three networks, each with a folder of its
+# own below `members`. The *baseline* is the classifier with the encoder frozen as it came from
 # ImageNet; the *classifier* goes on from there with all of its weights; the *unet* is
 # EfficientUNet.
 #
 # Beside a network's weights stands all that shaped it: the configuration, the labels and the code,
 # from the augmentation to the optimiser. If this session, or an attached output of an earlier one,
 # has a network that would be trained in the same way, it is loaded, or its training goes on after
-# its last epoch. Others are passed over, and what differs is said. After an edit that does not
-# matter, `other_code` takes over what other code trained.
+# its last epoch. Others are passed over, and what differs is said. If only the code differs, by an
+# edit that does not matter, `other_code` takes them all the same.
 
 
 # %%
@@ -1103,8 +1108,9 @@ members = [
 # All networks are trained by the same function, with Keras's `fit`. As many steps are done as are
 # configured, or as fit into the time: a callback measures their pace, and the learning rate reaches
 # its end at the last one. After every epoch the history, the best weights so far and the state of
-# the training are kept. Ctrl-C, or the stop button of an interactive session, ends all training of
-# a cell: the best weights so far are used, and members that were not begun are left out.
+# the training are kept. Ctrl-C, or the stop button of an interactive session, ends the training of
+# a cell: the best weights so far are used, and members that were not begun are left out. Run again,
+# the cell goes on where it stood.
 
 
 # %%
@@ -1249,7 +1255,7 @@ def plot_histories(members, *networks):
             axes.plot(history["loss"], "--", color=color, label=f"{training.member}, training")
             axes.plot(history["val_loss"], color=color, label=f"{training.member}, validation")
             axes.plot(history["val_loss"].nsmallest(1), "o", color=color)
-        axes.set(title=f"{network}: losses, kept at the dot", xlabel="epoch", xticks=history.index)
+        axes.set(title=f"Loss of {network}, kept at the dot", xlabel="epoch", xticks=history.index)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     plt.show()
 
@@ -1264,6 +1270,8 @@ def plot_histories(members, *networks):
 quarter, now = (session_end - time.monotonic()) / 4, time.monotonic()
 middle = now + quarter * config.classifier_epochs[0] / sum(config.classifier_epochs)
 begun = train_members(strategy, config, members, "baseline", labelled, middle)
+
+# %% tags=["nbval-ignore-output"]
 classified = train_members(strategy, config, begun, "classifier", labelled, now + quarter)
 
 # %%
@@ -1301,15 +1309,15 @@ for training in (member[network] for member in classified for network in member)
 pd.Series(accuracies).unstack().round(4)
 
 # %% [markdown]
-# What follows looks at all validation images, each as the classifiers see it that were not trained
-# on it; where several encoders did, their probabilities are averaged.
+# From here on all validation images are looked at together. Each is judged by the classifiers that
+# were not trained on it; of several encoders the mean counts.
 #
 # Below are the precision-recall curves (the paper's Fig. 6). The authors' notebook marks two points
-# on each: the highest threshold that finds .94 of the images with the class (`gate_recall`), which
-# becomes the threshold below which a mask is dropped, and the lowest that is right in .90 of its
-# finds. At them, the paper has the highest precision for Sugar, .74, and the lowest for Fish, .55;
-# the highest recall for Flower, .49, and the lowest for Fish, .22. The Brier score, the mean
-# squared error of the probabilities, is 0 at best.
+# on each: the highest threshold that finds .94 of the images with the class (`gate_recall`), below
+# which a mask is dropped later, and the lowest threshold at which .90 of the finds are right. At
+# them, the paper has the highest precision for Sugar, .74, and the lowest for Fish, .55; the
+# highest recall for Flower, .49, and the lowest for Fish, .22. The Brier score, the mean squared
+# error of the probabilities, is 0 at best.
 
 
 # %%
@@ -1410,10 +1418,8 @@ segmented = train_members(strategy, config, classified, "unet", labelled, end, p
 
 # %%
 trainings = [member["unet"] for member in segmented]
+print("Epochs:", {training.member: len(read_history(training)) for training in trainings})
 plot_histories(segmented, "unet")
-
-# %%
-print("Improved:", {t.member: bool(read_history(t)["val_loss"].idxmin()) for t in trainings})
 
 # %% [markdown]
 # As long as both curves fall, more epochs help. Where the validation loss turns up while the
@@ -1580,11 +1586,11 @@ def use_gate(config, areas, overlaps, presence):
 #
 # $$D(t) = \frac{2 \sum_{v \geq t} n(v)\,q(v)}{\sum_{v \geq t} n(v) + \sum_v n(v)\,q(v)}.$$
 #
-# Predicting it scores $P \max_t D(t)$ on average, the empty mask $1 - P$; we take the larger. In
-# all 5,546 labelled images there is at least one class, so where all four masks would be empty, the
-# one that loses least is predicted. $q$ is fitted by isotonic regression, since a higher value
-# should not mean a lower probability, and $P$ by logistic regression on the classifier's
-# probability and on how high and how far the map rises.
+# Predicting that mask scores $P \max_t D(t)$ on average, predicting the empty one $1 - P$; we take
+# what scores more. In all 5,546 labelled images there is at least one class, so where all four
+# masks would be empty, the one that loses least is predicted. $q$ is fitted by isotonic regression,
+# since a higher value should not mean a lower probability, and $P$ by logistic regression on the
+# classifier's probability and on how high and how far the map rises.
 
 
 # %%
@@ -1650,8 +1656,8 @@ WAYS = {  # by the names in Config.decision
 # %% [markdown]
 # On the maps of a public U-Net for 4,016 of the competition's training images, which were probably
 # among those that it was trained on, threshold and area scored .651 and the expected Dice .657; the
-# 95 % interval of the gain is .003 to .008. The truth about presence would have added .11. So the
-# decision is worth half a point, and a perfect classifier eleven.
+# 95 % interval of the gain is .003 to .008. The truth about presence would have added .11. So what
+# is left to gain is to know which classes are there.
 #
 # A rule that is scored on the images it was tuned on looks better than it is, there by .0125. So
 # the validation images are dealt into five parts, and the decisions for each part come from rules
@@ -1693,7 +1699,7 @@ comparison = pd.DataFrame({way: score.mean(axis=0) for way, score in scores.item
 comparison.insert(0, "Dice", comparison.mean(axis=1))
 bounds = [bound_difference(scores[way], scores["threshold and area"], config.seed) for way in WAYS]
 comparison.loc[list(WAYS), ["gain", "from", "to"]] = bounds
-comparison.round(4)
+comparison.round(4).astype(object).fillna("")
 
 # %% [markdown]
 # The second row knows the truth about presence, which no submission does; it says what a perfect
@@ -1854,7 +1860,7 @@ def read_results(trainings, places):
 def make_table(results, measures, number):
     """The means of some measures over the folds, beside a table of the paper."""
     groups = results.groupby(["encoder", "image size"])
-    table = groups[measures].mean().round(4).assign(images=groups["images"].sum())
+    table = groups[measures].mean().round(4).assign(images=groups["images"].sum().astype(object))
     table["folds"] = groups["fold"].agg(lambda fold: ", ".join(map(str, sorted(fold))))
     paper = pd.DataFrame(PAPER_TABLES, [f"efficientnetb{size}" for size in range(6)])[number]
     table = table.reset_index("image size").join(paper.add_prefix("paper, "), how="outer")
@@ -1895,7 +1901,9 @@ make_table(results, ["threshold and area", "expected"], "III")
 
 # %% [markdown]
 # On the paper's validation images larger encoders score lower. A difference between two rows means
-# something only if they have the same folds, and more than a handful of images.
+# something only if they have the same folds, and more than a handful of images. Here each fold's
+# rules learned within that fold, on two images in the sample: look at the ways' comparison above
+# instead, which has all images, and at the pictures.
 #
 # `results.json` holds the configuration, what the run measured and its warnings.
 

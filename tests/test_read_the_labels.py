@@ -432,7 +432,7 @@ REFUSED = {
     "no test image left": (
         lambda source: [path.write_text("text") for path in (source / "test_images").iterdir()],
         ValueError,
-        "12 images in 5 folds, 0 to predict.",
+        "Too few: 12 for 5 folds, 0 to test.",
     ),
 }
 RUNS = {

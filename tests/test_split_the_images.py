@@ -37,5 +37,5 @@ def test_a_first_try_takes_a_few_images_and_says_so(source, begin, warnings):
 
 def test_too_few_images_for_the_folds_are_refused(begin):
     assert len(begin(folds=11, held_out=[0])["folds"]) == 12
-    with pytest.raises(ValueError, match="12 images in 11 folds, 4 to predict"):
+    with pytest.raises(ValueError, match="Too few: 12 for 11 folds, 4 to test"):
         begin(folds=11, held_out=[0, 1])
