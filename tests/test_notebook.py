@@ -136,7 +136,9 @@ def shown(cell):
     return outputs
 
 
-def test_a_run_with_many_faults_whose_cells_all_run_twice(kernel, source, tmp_path, monkeypatch):
+def test_a_run_with_many_faults_ends_with_a_submission_and_its_cells_run_twice(
+    kernel, source, tmp_path, monkeypatch
+):
     """Ends with a submission, tells of each fault, and finds the same again in each cell."""
     turn_line_ends(source)
     add_mark(source)

@@ -546,16 +546,6 @@ def read_arrays(path):
 # Taken over or not
 
 
-def helper(config, encoder, size):
-    """What a builder of ours calls."""
-    return build_small(config, encoder, size)
-
-
-def build_with_helper(config, encoder, size):
-    """A network that another function builds."""
-    return helper(config, encoder, size)
-
-
 def test_code_is_hashed_with_all_that_it_uses_but_not_its_comments(kernel, tmp_path, monkeypatch):
     plain = "SIZE = 3\ndef inner():\n    return SIZE\ndef outer():\n    return inner()\n"
     source = {

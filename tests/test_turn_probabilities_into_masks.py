@@ -132,13 +132,6 @@ def test_validation_counts_each_network_and_their_mean(kernel, tiny, labels, pat
             np.testing.assert_array_equal(counts[index, 1, image], kernel.count_pixels(part, masks))
 
 
-@pytest.fixture
-def small_areas(kernel, monkeypatch):
-    """Minimum areas that suit maps of 9 x 11 pixels."""
-    monkeypatch.setattr(kernel, "MINIMUM_AREAS", np.array([0, 10, 30, 60]))
-    return kernel.MINIMUM_AREAS
-
-
 def score_slowly(maps, masks, decisions):
     """The Dice of each image and class under decisions, mask by mask."""
     scores = np.empty((len(maps), 4))
