@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 def test_paper_is_the_paper_and_the_others_depart_where_they_say(kernel):
     paper, best, sample = kernel.PAPER, kernel.BEST, kernel.SAMPLE
     assert paper.image_size == (1312, 2080) and paper.encoder_weights == "imagenet"
-    assert (paper.activation, paper.decision, paper.flips) == (
-        "softmax",
-        "threshold and area",
-        False,
-    )
+    assert (paper.activation, paper.decision) == ("softmax", "threshold and area")
+    assert not paper.flips and not paper.averaging
     assert (paper.cross_entropy_weight, paper.rotation_limit) == (0.7, 20)
     assert (paper.folds, paper.held_out, paper.classifier_epochs) == (5, (0,), (20, 20))
-    own = {"activation": "sigmoid", "decision": "expected", "flips": True}
+    own = {"activation": "sigmoid", "decision": "expected", "flips": True, "averaging": True}
     assert best == kernel.replace(paper, **own)
     assert (sample.activation, sample.decision, sample.flips) == ("sigmoid", "expected", True)
 
@@ -92,6 +89,7 @@ REFUSED = [
     ({"gate_recall": 94}, "gate_recall.*less than or equal to 1.*94"),
     ({"flips": "yes"}, "flips.*valid boolean.*'yes'"),
     ({"flips": 1}, "flips.*valid boolean"),
+    ({"averaging": 0.5}, "averaging.*valid boolean.*0.5"),
     ({"decision": "best"}, "decision.*'half', 'threshold and area', 'gated' or 'expected'"),
     ({"image_limit": 0}, "image_limit.*greater than or equal to 1"),
     ({"broken_share": 10}, "broken_share.*less than or equal to 1"),

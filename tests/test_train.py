@@ -257,6 +257,35 @@ def test_training_ends_when_its_time_is_over_says_so_and_goes_on_later(
     assert float(optimizers[1].total_steps) == 48
 
 
+@pytest.mark.usefixtures("small")
+def test_means_of_the_last_third_s_weights_are_validated_and_kept(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch
+):
+    """Every tenth step counts, and the training itself goes on as if there were none."""
+    runs = {}
+
+    class Recorder(kernel.TimeBudget):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+            runs.setdefault(self.averaging, {})[self.done] = self.model.get_weights()
+
+    monkeypatch.setattr(kernel, "TimeBudget", Recorder)
+    for averaging in (False, True):
+        config = kernel.replace(tiny, epochs=9, learning_rate=1.0, averaging=averaging)
+        training, history = train(kernel, config, labels, paths, tmp_path / str(averaging))
+    assert_equal(runs[False][72], runs[True][72])
+    kept, model = read_weights(kernel, config, training), kernel.load_network(config, training)
+    for epoch, counted in ((6, [50]), (7, [50, 60]), (8, [50, 60, 70])):
+        means = [np.mean(part, axis=0) for part in zip(*(runs[True][step] for step in counted))]
+        model.set_weights(means)
+        model.save_weights(training.folder / "weights.h5")
+        measured = measure_loss(kernel, config, training, paths, labels)
+        assert history["val_loss"][epoch] == pytest.approx(measured, rel=1e-5)
+        if history["val_loss"].idxmin() == epoch:
+            np.testing.assert_allclose(kept[-1], means[-1], rtol=1e-5)
+    assert history["val_loss"].idxmin() >= 6
+
+
 @pytest.mark.parametrize(
     ("time", "steps"), [(1e6, 800), (2454, 800), (2453, 799), (100, 15), (1, 2)]
 )
@@ -264,7 +293,7 @@ def test_steps_are_planned_into_the_time(kernel, monkeypatch, time, steps):
     """Steps of 3 s, and 20 steps' time that is kept back."""
     clock = iter([100, 103])
     monkeypatch.setattr(kernel.time, "monotonic", lambda: next(clock))
-    budget = kernel.TimeBudget("unet", 800, 103 + time, 20)
+    budget = kernel.TimeBudget("unet", 800, 103 + time, 20, False)
     optimizer = types.SimpleNamespace()
     budget.model = types.SimpleNamespace(optimizer=optimizer, stop_training=False)
     for done in (1, 2):
@@ -639,13 +668,10 @@ def test_what_does_not_shape_a_network_may_change(kernel, tiny, labels, tmp_path
     own = {"hours": 3.0, "decision": "half", "flips": False, "gate_recall": 0.5, "held_out": (0, 1)}
     other = kernel.replace(tiny, **own, precision="mixed_float16")
     assert plan(kernel, tiny, labels, tmp_path) == plan(kernel, other, labels, tmp_path)
-    classifiers = {
-        "classifier_epochs": (5, 3),
-        "classifier_size": (32, 64),
-    }
+    classifiers = {"classifier_epochs": (5, 3), "classifier_size": (32, 64)}
     other = kernel.replace(tiny, **classifiers)
     assert plan(kernel, tiny, labels, tmp_path) == plan(kernel, other, labels, tmp_path)
-    unet = {"epochs": 7, "batch_size": 6, "image_size": (32, 64), "cross_entropy_weight": 0.1}
+    unet = {"epochs": 7, "image_size": (32, 64), "cross_entropy_weight": 0.1}
     for network in ("baseline", "classifier"):
         first, second = (
             plan(kernel, config, labels, tmp_path, network)
