@@ -17,8 +17,7 @@ last fifth by rules that learned on others of them. The ways are
 - mirrored: best, whose classifier judges mirror images too;
 - started: best, whose classifier starts from the U-Net's encoder;
 - alone: best without a classifier, the U-Net for nine tenths of the time;
-- averaged: best, whose U-Net's weights are the mean over the last third of the steps, if that has
-  the lower validation loss;
+- plain: best without means of weights;
 - head: best's U-Net for the whole time, with presence as a second output of its encoder;
 - present: best, whose U-Net's loss weighs absent classes by 0.2.
 
@@ -53,24 +52,6 @@ HEAD_WEIGHT = 0.2
 ABSENT_WEIGHT = 0.2
 NETWORKS = dict(KERNEL.NETWORKS)
 KERNEL.time = types.SimpleNamespace(monotonic=time.process_time)
-
-
-class Averaging(KERNEL.TimeBudget):
-    """Beside the clock, the mean of every tenth step's weights in the last third, in mean.h5."""
-
-    folder, count, mean = None, 0, None
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Add the weights to their mean."""
-        super().on_train_batch_end(batch, logs)
-        if self.done > 2 / 3 * self.planned and (self.done % 10 == 0 or not self.count):
-            new, self.count = self.model.get_weights(), self.count + 1
-            self.mean = [old + (now - old) / self.count for old, now in zip(self.mean or new, new)]
-
-    def on_train_end(self, logs=None):
-        """Write the mean."""
-        self.model.set_weights(self.mean)
-        self.model.save_weights(self.folder / "mean.h5")
 
 
 def build_with_head(config, encoder, size):
@@ -161,24 +142,9 @@ def train(config, network, parts, labels, deadline, folder, earlier, begin=None)
     plan = functools.partial(KERNEL.plan_training, config, network, ENCODER, 0, labels, 1, 1000.0)
     training = plan(folder, earlier)
     if not (training.folder / "done").exists():
-        Averaging.folder = training.folder
         KERNEL.train(tf.distribute.get_strategy(), config, training, parts, deadline, 0, begin)
         (training.folder / "done").touch()  # also if the clock has ended it
     return training
-
-
-def keep_better(config, training, parts):
-    """The U-Net with the kept or with the mean weights, whichever has the lower loss."""
-    unet, losses = KERNEL.load_network(config, training), {}
-    unet.compile(loss=functools.partial(KERNEL.unet_loss, config), weighted_metrics=[])
-    for name in ("mean.h5", "weights.h5"):
-        unet.load_weights(training.folder / name)
-        losses[name] = unet.evaluate(
-            KERNEL.make_dataset(config, training.size, 50, *parts[1]), verbose=0
-        )
-    print("validation losses:", losses)
-    unet.load_weights(training.folder / min(losses, key=losses.get))
-    return unet
 
 
 def judge(config, training, images, mirrored):
@@ -198,6 +164,7 @@ def run(way, seed, source, output, minutes, size):
     preset = KERNEL.PAPER if way == "paper" else KERNEL.BEST
     own = {"epochs": 999, "seed": seed, "hours": minutes / 60, "image_size": size, **FIELDS}
     own |= {"flips": False, "decision": "threshold and area"} if way == "popular" else {}
+    own |= {"averaging": False} if way == "plain" else {}
     config = KERNEL.replace(preset, classifier_size=size, **own)
     labels, truth = (KERNEL.read_labels(source / name) for name in ("train.csv", "test_truth.csv"))
     parts = KERNEL.split_images(
@@ -209,7 +176,7 @@ def run(way, seed, source, output, minutes, size):
     earlier = [path.parent for path in sorted(output.glob(f"*-{seed}/members"))]
     start, whole = time.process_time(), 60 * minutes
     tf.keras.utils.set_random_seed(seed)
-    KERNEL.NETWORKS, KERNEL.TimeBudget = NETWORKS | OTHERS.get(way, {}), Averaging
+    KERNEL.NETWORKS = NETWORKS | OTHERS.get(way, {})
     presence = [np.full((len(rows), 4), 0.5) for _, rows in both]
     if way == "popular":
         unet = train_popular(config, parts, start + whole, folder / "weights.h5")
@@ -233,8 +200,6 @@ def run(way, seed, source, output, minutes, size):
         begin = train(own, "baseline", *shared)
         classifier = train(own, "classifier", *shared, begin)
         presence = [judge(config, classifier, images, way == "mirrored") for images in both]
-    if way == "averaged":
-        unet = keep_better(config, training, parts)
     predictors = [(training, KERNEL.build_predictor(unet, config.flips))]
     known, new = (KERNEL.count_validation(config, predictors, *images)[-1] for images in both)
     decide = KERNEL.WAYS[config.decision](config, *known, presence[0])
