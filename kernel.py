@@ -777,8 +777,8 @@ def build_part(config, encoder, size, build, mount=Path("/kaggle/input")):
         with mock.patch.object(efficientnet.model, "get_swish", lambda **modules: tf.nn.swish):
             part = build(name, (*size, 3), weights and os.path.expanduser(weights))
     except Exception as error:  # Keras raises no narrower one if a download fails
-        ways = "Allow internet, attach efficientnet-keras-weights-b0b5, or fill ~/.keras/models."
-        raise ValueError(f"{name} cannot be built with {weights}: {error}. {ways}") from error
+        fault = f"{name} cannot be built with encoder_weights {weights}: {error}. ImageNet's need "
+        raise ValueError(f"{fault}internet, a dataset, or files in ~/.keras/models.") from error
     for layer in part.layers:  # these settings are read at each call
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             layer.momentum = config.batch_norm_momentum
