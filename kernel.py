@@ -35,8 +35,8 @@
 # its Table III and .6602 in its text; the competition was won with .67175.
 #
 # You need to know Python and what a convolutional network is. Sizes are always (height, width). On
-# the twelve drawn pictures of the sample a run takes about two minutes on two CPU cores; on Kaggle
-# it takes what a session has.
+# the twelve drawn pictures of the sample a run takes two to three minutes on two CPU cores; on
+# Kaggle it takes what a session has.
 
 # %% [markdown]
 # ## Set up
