@@ -157,32 +157,37 @@ SUBMISSION_SIZE = (350, 525)  # of the masks in submission.csv
 
 
 def parse_rle(rle, size):
-    """The first pixels of an encoding's runs and those behind their last pixels.
+    """The first pixel of each run of an encoding and the one behind its last, in turn.
 
-    Returns int64 (runs, 2), counted from 0. Raises ValueError, quoting the run, unless all are
+    Returns int64 (2 x runs), counted from 0. Raises ValueError, quoting the run, unless all are
     whole numbers with single spaces between them, and the runs have pixels, ascend, neither overlap
     nor touch and lie within `size`.
     """
     whole = "(?:0|[1-9][0-9]{0,17})"  # a number of up to 18 digits, without leading zeros
-    if not re.fullmatch(f"({whole}( {whole})*)?", rle):
+    if not re.fullmatch(f"(?:{whole}(?: {whole})*)?", rle):
         word = next((word for word in rle.split(" ") if not re.fullmatch(whole, word)), "")
         raise ValueError(f"{word[:40]!r} is not a whole number")
-    numbers = np.array(rle.split(), np.int64)
+    numbers = np.fromstring(rle, np.int64, sep=" ")
     if len(numbers) % 2:
         raise ValueError(f"the run '{numbers[-1]}' has no length")
-    starts, ends = numbers[::2] - 1, numbers[::2] + numbers[1::2] - 1
-    wrong = (starts <= np.append(-1, ends)[:-1]) | (ends <= starts) | (ends > math.prod(size))
+    ends = numbers.reshape(-1, 2).cumsum(axis=1).ravel() - 1
+    wrong = (np.diff(ends, prepend=-1) <= 0) | (ends > math.prod(size))
     if wrong.any():
-        start, length = numbers.reshape(-1, 2)[wrong.argmax()]
+        start, length = numbers.reshape(-1, 2)[wrong.argmax() // 2]
         raise ValueError(f"the run '{start} {length}' is not behind the last, or leaves the image")
-    return np.column_stack([starts, ends])
+    return ends
+
+
+def fill_runs(ends, size):
+    """The mask, uint8 (height, width), of runs whose ends are given as parse_rle does."""
+    lengths = np.diff(ends, prepend=0, append=math.prod(size))
+    values = np.arange(len(lengths), dtype=np.uint8) % 2  # outside, inside, outside, ...
+    return np.repeat(values, lengths).reshape(size[::-1]).T
 
 
 def decode_rle(rle, size):
     """The mask of a run-length encoding, uint8 (height, width); see parse_rle for errors."""
-    lengths = np.diff(parse_rle(rle, size).ravel(), prepend=0, append=math.prod(size))
-    values = np.arange(len(lengths), dtype=np.uint8) % 2  # outside, inside, outside, ...
-    return np.repeat(values, lengths).reshape(size[::-1]).T
+    return fill_runs(parse_rle(rle, size), size)
 
 
 # %% [markdown]
@@ -263,8 +268,7 @@ def find_input(chosen=None, environment=os.environ, mount=Path("/kaggle/input"))
             return folder
         found += f"{folder} has no {', '.join(lacking)}; "
         found += "".join(f"unzip {path}; " for path in sorted(folder.glob("*.zip")))
-    ways = "on Kaggle, choose 'Add Input', search for the competition 'Understanding Clouds from "
-    ways += "Satellite Images', accept its rules and add it; elsewhere, unzip it and set "
+    ways = f"on Kaggle, choose 'Add Input', {former.name}, accept its rules; else unzip it and set "
     raise FileNotFoundError(f"The competition's data was not found: {found}{ways}CLOUDS_INPUT.")
 
 
@@ -318,9 +322,8 @@ def find_faults(folder, names):
     """
     there = {file.name for file in os.scandir(folder) if file.is_file() and file.stat().st_size}
     if lacking := sorted(set(names) - there):
-        text = f"{len(lacking)} of {len(names)} images are missing or empty"
-        alike = (name for name in there if name.lower() == lacking[0].lower())
-        text += "".join(f" (there is {name})" for name in alike)
+        alike = [f" (there is {name})" for name in there if name.lower() == lacking[0].lower()]
+        text = f"{len(lacking)} of {len(names)} images are missing or empty{''.join(alike)}"
         raise FileNotFoundError(f"{folder}: {text}: {', '.join(lacking[:5])}")
     more = len(there) - len(names)
     warn(f"files in {folder}", more and f"{folder} has {more} more files, which no row names.")
@@ -475,8 +478,7 @@ def find_earlier(chosen=None, environment=os.environ, mount=Path("/kaggle/input"
     CLOUDS_EARLIER separates folders like PATH does. Raises FileNotFoundError for a folder that has
     no members.
     """
-    if listed := environment.get("CLOUDS_EARLIER"):
-        chosen = listed.split(os.pathsep)
+    chosen = listed.split(os.pathsep) if (listed := environment.get("CLOUDS_EARLIER")) else chosen
     if chosen is None:
         return sorted(path.parent for path in mount.rglob("members"))
     folders = [Path(folder).expanduser() for folder in chosen]
@@ -570,15 +572,18 @@ def read_plane(rles, size):
     """The masks of one image as a plane, uint8 (height, width), whose bit c is class c.
 
     `rles` are the classes' run-length encodings at ORIGINAL_SIZE. A pixel of the plane takes the
-    value at its centre.
+    value at its centre. The ends of runs are moved to the rows and columns of the plane, which
+    costs less than to fill whole masks.
     """
-    numbers = zip(ORIGINAL_SIZE, size)
-    rows, columns = ((2 * np.arange(part) + 1) * whole // (2 * part) for whole, part in numbers)
-    plane = np.zeros(ORIGINAL_SIZE[::-1], np.uint8)  # transposed, as runs go down the columns
+    plane, sizes = np.zeros(size[::-1], np.uint8), zip(ORIGINAL_SIZE, size)  # runs go down columns
+    rows, columns = ((2 * np.arange(part) + 1) * whole // (2 * part) for whole, part in sizes)
     for bit, rle in enumerate(rles):
         if rle:
-            plane |= decode_rle(rle, ORIGINAL_SIZE).T << bit
-    return cv2.transpose(plane[columns][:, rows])
+            column, row = np.divmod(parse_rle(rle, ORIGINAL_SIZE), ORIGINAL_SIZE[0])
+            above = np.isin(column, columns) * np.searchsorted(rows, row)  # in its own column
+            ends = np.searchsorted(columns, column) * size[0] + above
+            plane |= fill_runs(ends, size).T << bit
+    return cv2.transpose(plane)
 
 
 def split_planes(planes):
@@ -1245,10 +1250,9 @@ def train_members(strategy, config, members, network, labelled, end, predictions
     try:
         for number, member in enumerate(members, start=1):
             parts = split_images(*labelled, member[network].fold)
-            deadline = start + (end - start) * number / len(members)
-            part = parts, deadline, number * predictions  # by the members before, too
+            shared = parts, start + (end - start) * number / len(members), number * predictions
             baseline = member["baseline"] if network == "classifier" else None
-            train(strategy, config, member[network], *part, baseline)
+            train(strategy, config, member[network], *shared, baseline)
     except KeyboardInterrupt:
         text = f"Interrupted in {member[network].folder.name}; members not begun are left out."
     warn(network, text)
@@ -1433,7 +1437,8 @@ plot_histories(segmented, "unet")
 # %% [markdown]
 # As long as both curves fall, more epochs help. Where the validation loss turns up while the
 # training loss goes on falling, the network learns the training images by heart, and the weights
-# from before the turn are kept.
+# from before the turn are kept. With `averaging`, the last third of the validation losses are those
+# of the weights' means.
 
 # %% [markdown]
 # ## Turn probabilities into masks
@@ -1924,7 +1929,7 @@ report = {"preset": preset_name, "config": asdict(config), "warnings": [*WARNING
 report["versions"] = {m.__name__: m.__version__ for m in (tf, albumentations, cv2, np, pd)}
 report["validation Dice"] = comparison["Dice"].round(4).to_dict()
 write_whole(output / "results.json", json.dumps(report, indent=2) + "\n")
-print(*(f"{title}: {report[title]}" for title in list(report)[2:]), sep="\n")
+print(*(f"{title}: {report[title] or 'none'}" for title in list(report)[2:]), sep="\n")
 
 # %% [markdown]
 # ## Conclusion

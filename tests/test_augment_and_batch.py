@@ -144,7 +144,10 @@ def test_transforms_may_be_added_removed_and_reordered(
         assert image.dtype == plane.dtype == np.uint8
 
 
-@pytest.mark.parametrize("size", [(1400, 2100), (1312, 2080), (320, 480), (350, 525), (33, 777)])
+@pytest.mark.parametrize(
+    "size",
+    [(1400, 2100), (1312, 2080), (2080, 2096), (320, 480), (350, 525), (33, 777), (777, 33)],
+)
 def test_plane_takes_the_value_at_each_pixel_s_centre(kernel, labels, size):
     rows, columns = (
         [(2 * index + 1) * long // (2 * short) for index in range(short)]

@@ -254,7 +254,7 @@ REFUSED = {
         lambda source: shutil.rmtree(source),
         FileNotFoundError,
         "The competition's data was not found: SOURCE has no train.csv, train_images, "
-        "sample_submission.csv, test_images; on Kaggle, choose 'Add Input', search for the",
+        "sample_submission.csv, test_images; on Kaggle, choose 'Add Input', understanding_cloud",
     ),
     "train.csv missing": (
         lambda source: (source / "train.csv").unlink(),

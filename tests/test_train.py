@@ -602,7 +602,7 @@ def test_the_code_that_shapes_a_network_is_all_of_ours_up_to_the_optimiser(kerne
     )
     expected += "name_encoder make_dataset plan_epoch load_example make_augmentation read_image "
     expected += (
-        "read_size read_plane decode_rle parse_rle make_optimizer CLASSES AS_IS ORIGINAL_SIZE"
+        "read_size read_plane fill_runs parse_rle make_optimizer CLASSES AS_IS ORIGINAL_SIZE"
     )
     assert set(names) == set(expected.split())
 

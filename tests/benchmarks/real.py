@@ -1,13 +1,13 @@
 """Train on real pictures what the notebook does, what others do, and single changes, and score it.
 
     PYTHONPATH=tests python tests/benchmarks/real.py CLOUDS OUTPUT [--ways best paper popular]
-        [--minutes 10] [--seeds 0] [--size 64 96]
+        [--minutes 10] [--seeds 0] [--size 64 96] [--images 500]
 
 CLOUDS is a folder of the competition's data, or of resized copies, whose test pictures have their
 true rows in test_truth.csv. All train the same encoder from random weights for the same time, on
-four fifths of the training pictures. Minutes are those of one processor core, so that other work
-beside does not count. Rules learn on the last fifth; scored are the test pictures, and those of the
-last fifth by rules that learned on others of them. The ways are
+four fifths of the training pictures, or on the first `images` of these. Minutes are those of one
+processor core, so that other work beside does not count. Rules learn on the last fifth; scored are
+the test pictures, and those of the last fifth by rules that learned on others of them. The ways are
 
 - best: BEST's U-Net for nine tenths of the time, its classifier for one;
 - paper: PAPER's U-Net for the whole time, threshold and minimum area for each class;
@@ -19,7 +19,11 @@ last fifth by rules that learned on others of them. The ways are
 - alone: best without a classifier, the U-Net for nine tenths of the time;
 - plain: best without means of weights;
 - head: best's U-Net for the whole time, with presence as a second output of its encoder;
-- present: best, whose U-Net's loss weighs absent classes by 0.2.
+- present, half present: best, whose U-Net's loss weighs absent classes by 0.2, by 0.5;
+- batch: best, whose U-Net's Dice loss is of whole batches;
+- longer: best, whose classifier has four times as long;
+- dropout, smoothed, larger: longer, with dropout of 0.3 before the classifier's last layer, with
+  labels of 0.05 and 0.95, with pictures of twice the height and width.
 
 Prints for each the Dice by the rule it uses, the average precision of its classifier, and the gain
 over the first way, the mean over the seeds with its 95 % interval. OUTPUT keeps what was trained,
@@ -49,7 +53,6 @@ FIELDS = {
 }
 CLASSIFIER_SHARE = 0.1
 HEAD_WEIGHT = 0.2
-ABSENT_WEIGHT = 0.2
 NETWORKS = dict(KERNEL.NETWORKS)
 KERNEL.time = types.SimpleNamespace(monotonic=time.process_time)
 
@@ -72,7 +75,7 @@ def loss_with_head(config, planes, probabilities):
     return KERNEL.unet_loss(config, planes, probabilities)
 
 
-def loss_of_present(config, planes, probabilities):
+def weigh_absent(config, planes, probabilities, absent_weight):
     """The U-Net's loss, class by class, of absent ones only a share."""
     truth = tf.cast(KERNEL.split_planes(planes), tf.float32)
     entropy = tf.keras.backend.binary_crossentropy(truth, probabilities)
@@ -81,13 +84,54 @@ def loss_of_present(config, planes, probabilities):
     share, soft_dice = config.cross_entropy_weight, (2 * overlap + 1) / (total_area + 1)
     losses = share * tf.reduce_mean(entropy, axis=(1, 2)) + (1 - share) * (1 - soft_dice)
     present = tf.cast(tf.reduce_any(truth > 0, axis=(1, 2)), tf.float32)
-    return tf.reduce_mean((present + ABSENT_WEIGHT * (1 - present)) * losses, axis=-1)
+    return tf.reduce_mean((present + absent_weight * (1 - present)) * losses, axis=-1)
 
 
+def loss_of_present(config, planes, probabilities):
+    """The U-Net's loss with a fifth of the weight for absent classes."""
+    return weigh_absent(config, planes, probabilities, 0.2)
+
+
+def loss_of_half_present(config, planes, probabilities):
+    """The U-Net's loss with half of the weight for absent classes."""
+    return weigh_absent(config, planes, probabilities, 0.5)
+
+
+def loss_of_batch(config, planes, probabilities):
+    """The U-Net's loss, with the Dice coefficients of all pixels of a batch."""
+    truth = tf.cast(KERNEL.split_planes(planes), tf.float32)
+    entropy = tf.reduce_mean(KERNEL.cross_entropy(config, truth, probabilities), axis=(1, 2))
+    overlap = tf.reduce_sum(truth * probabilities, axis=(0, 1, 2))
+    total_area = tf.reduce_sum(truth + probabilities, axis=(0, 1, 2))
+    share, soft_dice = config.cross_entropy_weight, (2 * overlap + 1) / (total_area + 1)
+    return share * entropy + (1 - share) * (1 - tf.reduce_mean(soft_dice))
+
+
+def build_with_dropout(config, encoder, size):
+    """The classifier, with dropout before its last layer."""
+    model = KERNEL.build_classifier(config, encoder, size)
+    dropped = tf.keras.layers.Dropout(0.3)(model.get_layer("average").output)
+    output = model.get_layer("probabilities")(model.get_layer("logits")(dropped))
+    return tf.keras.Model(model.input, output)
+
+
+def loss_of_smoothed(config, planes, probabilities):
+    """The classifier's loss, with labels of 0.05 and 0.95."""
+    presence = tf.reduce_any(KERNEL.split_planes(planes) > 0, axis=(1, 2))
+    truth = 0.05 + 0.9 * tf.cast(presence, tf.float32)
+    return KERNEL.cross_entropy(config, truth, probabilities)
+
+
+UNET, CLASSIFIER, CLASSIFIER_LOSS = KERNEL.build_efficient_unet, *NETWORKS["classifier"]
 OTHERS = {
     "head": {"unet": (build_with_head, loss_with_head)},
-    "present": {"unet": (KERNEL.build_efficient_unet, loss_of_present)},
+    "present": {"unet": (UNET, loss_of_present)},
+    "half present": {"unet": (UNET, loss_of_half_present)},
+    "batch": {"unet": (UNET, loss_of_batch)},
+    "dropout": dict.fromkeys(("baseline", "classifier"), (build_with_dropout, CLASSIFIER_LOSS)),
+    "smoothed": dict.fromkeys(("baseline", "classifier"), (CLASSIFIER, loss_of_smoothed)),
 }
+LONGER = ("longer", "dropout", "smoothed", "larger")
 
 
 def write_encoder(config, unet, path):
@@ -156,7 +200,7 @@ def judge(config, training, images, mirrored):
     return several.predict(batches, verbose=0)[: len(images[0])]
 
 
-def run(way, seed, source, output, minutes, size):
+def run(way, seed, source, output, minutes, size, images):
     """Train one way and score it on the held-out and on the test pictures.
 
     Returns their Dice, and the probabilities and the truth of presence: (images, classes) each.
@@ -165,11 +209,14 @@ def run(way, seed, source, output, minutes, size):
     own = {"epochs": 999, "seed": seed, "hours": minutes / 60, "image_size": size, **FIELDS}
     own |= {"flips": False, "decision": "threshold and area"} if way == "popular" else {}
     own |= {"averaging": False} if way == "plain" else {}
-    config = KERNEL.replace(preset, classifier_size=size, **own)
+    own |= {"classifier_epochs": (1, 50)} if way in LONGER else {}
+    own |= {"classifier_size": tuple(2 * side for side in size)} if way == "larger" else {}
+    config = KERNEL.replace(preset, **{"classifier_size": size, **own})
     labels, truth = (KERNEL.read_labels(source / name) for name in ("train.csv", "test_truth.csv"))
     parts = KERNEL.split_images(
         labels, KERNEL.assign_folds(labels, 5, 0), source / "train_images", 0
     )
+    parts[0] = [part[:images] for part in parts[0]]
     tests = [source / "test_images" / name for name in truth.index], truth
     both, folder = (parts[1], tests), output / f"{way}-{seed}"
     (folder / "members").mkdir(parents=True, exist_ok=True)
@@ -195,7 +242,7 @@ def run(way, seed, source, output, minutes, size):
         if way == "started":
             write_encoder(config, unet, folder / "encoder.h5")
             own = KERNEL.replace(config, encoder_weights=str(folder / "encoder.h5"))
-        end = time.process_time() + whole * CLASSIFIER_SHARE
+        end = time.process_time() + whole * CLASSIFIER_SHARE * (4 if way in LONGER else 1)
         shared = parts, labels, end, folder, earlier
         begin = train(own, "baseline", *shared)
         classifier = train(own, "classifier", *shared, begin)
@@ -221,12 +268,13 @@ def main():
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", type=int, nargs=2, default=[64, 96])
+    parser.add_argument("--images", type=int)
     args, scores = parser.parse_args(), {}
     for way in args.ways:
         for seed in args.seeds:
             path = args.output / f"{way}-{seed}.npz"
             if not path.exists():
-                shared = args.source, args.output, args.minutes, tuple(args.size)
+                shared = args.source, args.output, args.minutes, tuple(args.size), args.images
                 np.savez(path, *run(way, seed, *shared))
             score, presence, truth = np.load(path).values()
             scores.setdefault(way, []).append(score)
