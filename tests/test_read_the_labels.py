@@ -281,17 +281,17 @@ REFUSED = {
     "train.csv zipped": (
         lambda source: zip_table(source / "train.csv"),
         ValueError,
-        "SOURCE/train.csv is a zip, not CSV in UTF-8. Unpack it, or save it as that.",
+        "SOURCE/train.csv is not CSV in UTF-8, or is packed ('utf-8' codec can't decode byte",
     ),
     "train.csv gzipped": (
         lambda source: rewrite(source / "train.csv", gzip.compress),
         ValueError,
-        "SOURCE/train.csv is a gzip, not CSV in UTF-8. Unpack it, or save it as that.",
+        "SOURCE/train.csv is not CSV in UTF-8, or is packed ('utf-8' codec can't decode byte",
     ),
     "train.csv in UTF-16": (
         lambda source: rewrite(source / "train.csv", lambda text: text.decode().encode("utf-16")),
         ValueError,
-        "SOURCE/train.csv is UTF-16, not CSV in UTF-8. Unpack it, or save it as that.",
+        "SOURCE/train.csv is not CSV in UTF-8, or is packed ('utf-8' codec can't decode byte",
     ),
     "images named otherwise": (
         lambda source: (source / "train_images" / IMAGE).rename(
@@ -325,12 +325,12 @@ REFUSED = {
     "not text": (
         lambda source: change(source / "train.csv", b"_Fish", b"_\xff"),
         ValueError,
-        "SOURCE/train.csv cannot be read as CSV in UTF-8: 'utf-8' codec can't decode byte 0xff in",
+        "SOURCE/train.csv is not CSV in UTF-8, or is packed ('utf-8' codec can't decode byte 0xff",
     ),
     "open quote": (
         lambda source: change(source / "train.csv", FIRST.encode(), b'"' + FIRST.encode()),
         ValueError,
-        "SOURCE/train.csv cannot be read as CSV in UTF-8: unexpected end of data.",
+        "SOURCE/train.csv is not CSV in UTF-8, or is packed (unexpected end of data).",
     ),
     "three cells": (
         set_first(f"{FIRST},1,2"),

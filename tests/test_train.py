@@ -3,6 +3,7 @@
 It does so on one device, on several, and with XLA.
 """
 
+import itertools
 import json
 import math
 import os
@@ -254,7 +255,7 @@ def test_training_ends_when_its_time_is_over_says_so_and_goes_on_later(
     assert text in warnings[training.folder.name]
     _, history = train(kernel, config, labels, paths, tmp_path)
     assert len(history) == 6 and not warnings and not (training.folder / "state").exists()
-    assert float(optimizers[1].total_steps) == 48
+    assert float(optimizers[1].total_steps) == int(optimizers[1].iterations) == 22 + 3 * 8
 
 
 @pytest.mark.usefixtures("small")
@@ -293,9 +294,11 @@ def test_steps_are_planned_into_the_time(kernel, monkeypatch, time, steps):
     """Steps of 3 s, and 20 steps' time that is kept back."""
     clock = iter([100, 103])
     monkeypatch.setattr(kernel.time, "monotonic", lambda: next(clock))
-    budget = kernel.TimeBudget("unet", 800, 103 + time, 20, False)
-    optimizer = types.SimpleNamespace()
+    budget = kernel.TimeBudget("unet", 103 + time, 20, False)
+    budget.params, optimizer = {"epochs": 8, "steps": 100}, types.SimpleNamespace()
     budget.model = types.SimpleNamespace(optimizer=optimizer, stop_training=False)
+    optimizer.iterations = tf.constant(0)
+    budget.on_epoch_begin(0)
     for done in (1, 2):
         optimizer.iterations = tf.constant(done)
         budget.on_train_batch_end(0)
@@ -702,6 +705,42 @@ def test_members_of_earlier_sessions_are_copied_whole(
     pd.testing.assert_frame_equal(history, same)
     assert find_files(training.folder) == find_files(copied.folder)
     assert_equal(read_weights(kernel, tiny, training), read_weights(kernel, tiny, copied))
+
+
+@pytest.mark.usefixtures("small")
+def test_of_several_earlier_sessions_the_one_with_the_most_epochs_is_taken(
+    kernel, tiny, labels, tmp_path
+):
+    """Whatever their order, and whatever this session's own folder is called."""
+    outputs = [tmp_path / name for name in "abc"]
+    for output, epochs in zip(outputs, (2, 9, 5)):
+        rows = "".join(f"{epoch},0.5,0.5\n" for epoch in range(epochs))
+        history = plan(kernel, tiny, labels, output).folder / "history.csv"
+        history.write_text(f"epoch,loss,val_loss\n{rows}")
+    for index, order in enumerate(itertools.permutations(outputs)):
+        taken = plan(kernel, tiny, labels, tmp_path / f"now{index}", earlier=order)
+        assert len(kernel.read_history(taken)) == 9
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("factor", [4, 0.5])
+def test_a_training_goes_on_with_another_batch_for_all_its_epochs(
+    kernel, tiny, labels, paths, tmp_path, monkeypatch, warnings, factor
+):
+    """As on another accelerator, whose memory holds more or less."""
+    config, whole = kernel.replace(tiny, epochs=6), kernel.train
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.time, "monotonic", Ticks())
+        first, history = train(kernel, config, labels, paths, tmp_path, deadline=23)
+    assert len(history) < 6
+    wanted = int(first.batch_size * factor)
+
+    def with_other_batch(strategy, config, training, *arguments):
+        whole(strategy, config, kernel.replace(training, batch_size=wanted), *arguments)
+
+    monkeypatch.setattr(kernel, "train", with_other_batch)
+    _, history = train(kernel, config, labels, paths, tmp_path)
+    assert len(history) == 6 and not warnings
 
 
 def test_folders_without_whole_settings_are_passed_over(kernel, tiny, labels, tmp_path):

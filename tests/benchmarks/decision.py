@@ -3,8 +3,9 @@
     PYTHONPATH=tests python tests/benchmarks/decision.py COUNTS.npz ...
     PYTHONPATH=tests python tests/benchmarks/decision.py TRAIN_CSV [IMAGES]
 
-COUNTS.npz holds `areas` and `overlaps`, int (images, classes, 256), as count_pixels counts them,
-and `presence`, float (images, classes), a measure of presence from 0 to 1.
+COUNTS.npz holds `areas` and `overlaps`, int (images, classes, 256), as count_pixels counts them, of
+maps of any size, and `presence`, float (images, classes), a measure of presence from 0 to 1. Pixels
+are scaled to those of the submission, as smallest areas are counted in.
 
 Else no network is trained: its maps are made from the true masks, shifted, zoomed, blurred and
 mixed with smooth noise, and where a class is absent from another image's mask of it. How sure a map
@@ -18,6 +19,7 @@ minimum sizes, with connected components for each.
 """
 
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -86,12 +88,15 @@ def compare(config, areas, overlaps, presence):
     there = overlaps[..., 0] > 0
     decisions = {"all masks empty": np.full(there.shape, KERNEL.EMPTY)}
     decisions |= KERNEL.cross_validate(config, areas, overlaps, presence)
+    dice = KERNEL.dice(overlaps, areas + overlaps[..., :1])
+    best = [dice[known, index].mean(axis=0).argmax() for index, known in enumerate(there.T)]
+    decisions["presence known, best thresholds"] = np.where(there, best, KERNEL.EMPTY)
     scores = {way: KERNEL.score_decisions(areas, overlaps, x) for way, x in decisions.items()}
     base = scores["threshold and area"]
     for way, score in scores.items():
         gain, low, high = KERNEL.bound_difference(score, base, config.seed)
         over = f"over threshold and area {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
-        print(f"{way:20} {score.mean():.4f}  {over}")
+        print(f"{way:31} {score.mean():.4f}  {over}")
     for way, learn in KERNEL.WAYS.items():
         start = time.perf_counter()
         decide = learn(config, areas, overlaps, presence)
@@ -154,6 +159,9 @@ if __name__ == "__main__":
     if sys.argv[1].endswith(".npz"):
         for counts in map(np.load, sys.argv[1:]):
             print(f"\n{len(counts['areas'])} images")
-            compare(KERNEL.BEST, *(counts[name] for name in ("areas", "overlaps", "presence")))
+            pair = (counts[name] for name in ("areas", "overlaps"))
+            scale = math.prod(KERNEL.SUBMISSION_SIZE) / counts["areas"].max()
+            areas, overlaps = (np.rint(scale * part).astype(int) for part in pair)
+            compare(KERNEL.BEST, areas, overlaps, counts["presence"])
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
