@@ -179,7 +179,7 @@ def parse_rle(rle, size):
 
 
 def fill_runs(ends, size):
-    """The mask, uint8 (height, width), of runs whose ends are given as parse_rle does."""
+    """The mask, uint8 (height, width), of the runs whose ends parse_rle returns."""
     lengths = np.diff(ends, prepend=0, append=math.prod(size))
     values = np.arange(len(lengths), dtype=np.uint8) % 2  # outside, inside, outside, ...
     return np.repeat(values, lengths).reshape(size[::-1]).T
@@ -371,10 +371,11 @@ plt.show()
 #
 # Everything that can be chosen stands in one `Config`, whose defaults are the paper's: `PAPER`.
 # `BEST` departs from it where there is a reason to, with gains that small networks showed on small
-# copies of real pictures: in the same time it scored .018 more than `PAPER`, from .013 to .023, and
-# .006 more than the recipe of the competition's popular notebooks, from .001 to .011 (see
+# copies of real pictures. There it scored .018 more than `PAPER` after the same time, from .013 to
+# .023, and .006 more than the recipe of the competition's popular notebooks, from .001 to .011 (see
 # `tests/benchmarks`). `SAMPLE` is `BEST` cut down until two CPU cores run the whole notebook in
 # minutes.
+#
 # The paper leaves open the epochs and the learning rate of the U-Net, the probability of each
 # augmentation and the way from probabilities to masks: these are ours in all three. Epochs and
 # learning rate of the classifier, the batch size and `gate_recall` are the authors', from the
