@@ -1257,6 +1257,7 @@ def train_members(strategy, config, members, network, labelled, end, predictions
     try:
         for number, member in enumerate(members, start=1):
             parts = split_images(*labelled, member[network].fold)
+            # time is left for the predictions by the members before, too
             shared = parts, start + (end - start) * number / len(members), number * predictions
             baseline = member["baseline"] if network == "classifier" else None
             train(strategy, config, member[network], *shared, baseline)
@@ -1685,7 +1686,7 @@ WAYS = {  # by the names in Config.decision
 # classifier is needed for the gate.
 #
 # A rule that is scored on the images it was tuned on looks better than it is: by .004 on the public
-# U-Net's 4,016 images, by .013 on 766 of them at full size. So the validation images are dealt into
+# U-Net's 4,016 images, by .013 on its maps of only 766. So the validation images are dealt into
 # five parts, and the decisions for each part come from rules that learned on the other four. Those
 # for the test images learn on all. Where networks of several folds predict a test image together,
 # their mean is smoother than the maps that the rules learned on; this we do not correct.
