@@ -30,7 +30,7 @@ IMAGES = {
     "tpu": "tensorflow-cpu==2.20.0 tensorflow_hub keras>3 albumentations matplotlib opencv-python "
     "opencv-python-headless pandas scikit-learn seaborn papermill notebook ipywidgets",
 }
-OVERRIDES = {"held_out": [0], "epochs": 1, "classifier_epochs": [1, 1]}
+OVERRIDES = {"epochs": 1, "baseline_epochs": 1, "classifier_epochs": 1}
 
 
 def main(image, folder):
@@ -45,13 +45,14 @@ def main(image, folder):
     no_device = jupytext.reads('# %%\nos.environ.pop("ISTPUVM", None)\n', fmt="py:percent").cells
     notebook.cells[imports + 1 : imports + 1] = no_device
     jupytext.write(notebook, folder / "kernel.ipynb")
-    variables = {"CLOUDS_PRESET": "SAMPLE", "CLOUDS_OVERRIDES": json.dumps(OVERRIDES)}
-    variables |= {"CLOUDS_INPUT": ROOT / "tests" / "sample", "CLOUDS_OUTPUT": folder / "output"}
-    variables |= {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    variables = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     if image == "tpu":  # without the second one the library looks for a TPU for minutes
         variables |= {"ISTPUVM": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_PROCESS_ADDRESSES": "local"}
     environment = os.environ | {name: str(value) for name, value in variables.items()}
+    parameters = {"preset": "SAMPLE", "overrides": OVERRIDES}
+    parameters |= {"input_folder": str(ROOT / "tests" / "sample"), "output_folder": "output"}
     command = [python, "-m", "papermill", "-k", "python3", "kernel.ipynb", "executed.ipynb"]
+    command += ["-y", json.dumps(parameters)]
     subprocess.run(command, cwd=folder, env=environment, check=True)
     after = subprocess.check_output([python, "-m", "pip", "freeze"], text=True)
     print("The notebook installed:", *sorted(set(after.split("\n")) - set(before.split("\n"))))

@@ -1,7 +1,6 @@
 """The definitions of the notebook as a module, without a run of it, and what tests share."""
 
 import ast
-import json
 import shutil
 import sys
 import types
@@ -10,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from make_sample import draw_sample
 
 ROOT = Path(__file__).parents[1]
 CELLS = (ROOT / "kernel.py").read_text()  # of the notebook, as a script
+SETTINGS = ("os.environ", "efficientnet.model.")  # what definitions need to be set
 
 
 def is_definition(node):
     """Whether a top-level statement of kernel.py defines something and runs nothing.
 
     Definitions are imports, functions, classes, types and constants, whose names begin with a
-    capital, and the settings of the environment that an import needs.
+    capital, and settings of the environment and of packages.
     """
-    if isinstance(node, ast.Assign):
+    if isinstance(node, ast.Assign | ast.AugAssign):
+        targets = getattr(node, "targets", None) or [node.target]
         return all(
-            target.id[0].isupper()
-            if isinstance(target, ast.Name)
-            else ast.unparse(target).startswith("os.")
-            for target in node.targets
+            ast.unparse(t)[0].isupper() or ast.unparse(t).startswith(SETTINGS) for t in targets
         )
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     return isinstance(node, kinds)
@@ -69,28 +68,43 @@ def warnings():
 
 
 @pytest.fixture(scope="session")
-def sample():
-    """The folder of the drawn sample."""
-    return ROOT / "tests" / "sample"
+def sample(tmp_path_factory):
+    """A folder with 12 training and 4 test pictures of the original size, drawn like the sample."""
+    folder = tmp_path_factory.mktemp("drawn") / "clouds"
+    draw_sample(folder, train=12, test=4, seed=0, size=(1400, 2100))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def labels(kernel, sample):
-    """The labels of the drawn sample."""
-    return kernel.read_labels(sample / "train.csv")
+def pictures(kernel, sample):
+    """The table of its training pictures, of which the last four are fold 1 of 2."""
+    return read_pictures(kernel, sample)
+
+
+def read_pictures(kernel, folder):
+    """The table of the training pictures in a folder, of which the last four are fold 1 of 2."""
+    labels = kernel.read_labels(folder / "train.csv")
+    paths = [folder / "train_images" / name for name in labels.index]
+    return labels.assign(path=paths, fold=(np.arange(len(labels)) >= 8).astype(int))
 
 
 @pytest.fixture(scope="session")
-def paths(labels, sample):
-    """The training images of the drawn sample, in the order of the labels."""
-    return [sample / "train_images" / name for name in labels.index]
+def labels(kernel, pictures):
+    """The encodings of their masks."""
+    return pictures[kernel.CLASSES]
+
+
+@pytest.fixture(scope="session")
+def paths(pictures):
+    """Their files."""
+    return list(pictures["path"])
 
 
 @pytest.fixture(scope="session")
 def tiny(kernel):
     """A configuration small enough for a test of the network."""
     sizes = {"image_size": (64, 96), "classifier_size": (64, 96), "batch_size": 2}
-    own = {"held_out": (0,), "precision": "float32", "hours": 1000.0, "epochs": 1}
+    own = {"folds": 2, "held_out": (1,), "precision": "float32", "hours": 1000.0, "epochs": 1}
     return kernel.replace(kernel.SAMPLE, **sizes, **own)
 
 
@@ -114,44 +128,46 @@ def pack(masks):
 
 # The notebook's cells on a copy of the sample, whose first label and image are these
 
-FIRST = (ROOT / "tests" / "sample" / "train.csv").read_text().splitlines()[1].partition(",")[0]
-IMAGE = FIRST.rpartition("_")[0]
+IMAGE = f"{np.random.default_rng((0, False, 0)).integers(16**7):07x}.jpg"
+FIRST = f"{IMAGE}_Fish"
 
 
-def run_cells(kernel, until):
-    """Run the notebook's cells before a heading, without definitions and figures; its variables."""
+def run_cells(kernel, until, **parameters):
+    """Run the notebook's cells before a heading, without definitions and figures; its variables.
+
+    `parameters` are those of the cell of parameters.
+    """
     variables = dict(vars(kernel))
     for cell in CELLS[: CELLS.index(f"# ## {until}\n")].split("\n# %%")[1:]:
         head, _, body = cell.partition("\n")
         if "[markdown]" not in head and "plt.show()" not in body:
             nodes = [node for node in ast.parse(body).body if not is_definition(node)]
             exec(compile(ast.Module(nodes, []), "kernel.py", "exec"), variables)
+        if "parameters" in head:
+            variables |= parameters
     return variables
 
 
 @pytest.fixture
 def source(sample, tmp_path):
-    """A copy of the sample, to be damaged."""
+    """A copy of the drawn pictures and labels, to be damaged."""
     return Path(shutil.copytree(sample, tmp_path / "input"))
 
 
 @pytest.fixture
-def begin(kernel, source, tmp_path, monkeypatch):
+def begin(kernel, source, tmp_path):
     """A function that runs the notebook's first cells, with an output folder of earlier files."""
     output = tmp_path / "output"
     output.mkdir()
     earlier = [output / name for name in ("submission.csv", "results.json", "weights.h5")]
     for path in earlier:
         path.write_text("earlier")
-    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": output}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
 
-    def run(until="Augment and batch", **overrides):
-        monkeypatch.setenv("CLOUDS_OVERRIDES", json.dumps(overrides))
+    def run(until="Which patterns?", output_folder=output, **overrides):
         times = [path.stat().st_mtime_ns for path in earlier]
+        folders = {"input_folder": source, "output_folder": output_folder}
         try:
-            return run_cells(kernel, until)
+            return run_cells(kernel, until, overrides=overrides, **folders)
         finally:
             assert [path.stat().st_mtime_ns for path in earlier] == times
             assert [path.read_text() for path in earlier] == ["earlier"] * 3

@@ -1,12 +1,13 @@
 """Draw a small stand-in for the competition's data, which may not be redistributed.
 
-    python tests/make_sample.py [--train 12] [--test 4] [--seed 0] [--output tests/sample]
+    python tests/make_sample.py [--train 160] [--test 24] [--seed 0] [--size 256 384]
+        [--output tests/sample]
 
-The folder has the competition's layout and formats. A picture shows dark sea, sun glint, a black
-band where the satellite did not pass, and clouds whose texture differs by class inside boxes. As
-in the competition, a mask is the union of a class's boxes, less the band, and boxes of different
-classes may overlap. `test_truth.csv`, which the competition does not have, holds the labels of
-the test pictures.
+The folder has the competition's layout and formats; its pictures are resized copies, of (height,
+width), of what is drawn at 1400 x 2100, at which their masks are encoded. A picture shows dark sea,
+sun glint, a black band where the satellite did not pass, and clouds whose texture differs by class
+inside boxes. As in the competition, a mask is the union of a class's boxes, less the band, and
+boxes of different classes may overlap.
 """
 
 import argparse
@@ -40,13 +41,13 @@ def draw_texture(rng, name):
     """The brightness of one class's clouds over the whole picture, float32 0..1."""
     fine = noise(rng, 9)
     if name == "Fish":  # bones: long bright filaments with wide clear water between them
-        spine = 1 - np.abs(noise(rng, 150, stretch=3.0))
-        return ramp(spine + 0.25 * fine, 0.62, 1.05) * ramp(noise(rng, 40), -1.2, 0.4)
+        spine = 1 - np.abs(noise(rng, 150, stretch=4.0))
+        return ramp(spine + 0.1 * fine, 0.6, 0.8) * ramp(noise(rng, 90), -2.2, -1)
     if name == "Flower":  # large bright discs, each with its dark moat
-        return ramp(noise(rng, 190) + 0.22 * noise(rng, 35) + 0.08 * fine, 0.25, 0.75)
+        return ramp(noise(rng, 170) + 0.22 * noise(rng, 35) + 0.08 * fine, 0.25, 0.75)
     if name == "Gravel":  # a field of grains
         return 0.9 * ramp(noise(rng, 55) + 0.25 * fine, 0.35, 0.95)
-    return 0.55 * ramp(noise(rng, 16) + 0.3 * fine, 0.7, 1.6)  # Sugar: a fine dusting
+    return 0.65 * ramp(noise(rng, 18) + 0.3 * fine, 0.6, 1.4)  # Sugar: a fine dusting
 
 
 def draw_band(rng):
@@ -59,11 +60,12 @@ def draw_band(rng):
 
 
 def draw_boxes(rng):
-    """The union of one or two boxes, bool (HEIGHT, WIDTH)."""
+    """One or two boxes, bool (HEIGHT, WIDTH): high ones, whose encodings are short."""
     boxes = np.zeros((HEIGHT, WIDTH), bool)
-    for _ in range(rng.integers(1, 3)):
-        height, width = (rng.uniform(0.35, 0.7, 2) * (HEIGHT, WIDTH)).astype(int)
-        top, left = rng.integers(0, HEIGHT - height), rng.integers(0, WIDTH - width)
+    for _ in range(rng.choice([1, 1, 1, 1, 2])):
+        height = int(min(rng.uniform(0.6, 1.4), 1) * HEIGHT)
+        width = int(rng.uniform(0.2, 0.4) * WIDTH)
+        top, left = rng.integers(0, HEIGHT - height + 1), rng.integers(0, WIDTH - width)
         boxes[top : top + height, left : left + width] = True
     return boxes
 
@@ -77,7 +79,7 @@ def draw_picture(rng):
         [draw_boxes(rng) & ~band if there else np.zeros_like(band) for there in present]
     )
 
-    clouds = 0.35 * ramp(noise(rng, 90) + 0.4 * noise(rng, 14), 1.5, 2.5)
+    clouds = 0.25 * ramp(noise(rng, 90) + 0.4 * noise(rng, 14), 1.5, 2.5)
     for name, mask in zip(CLASSES, masks):
         if mask.any():
             edge = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 15)
@@ -91,40 +93,40 @@ def draw_picture(rng):
 
 
 def encode(mask):
-    """Run-length encoding, column by column, counted from 1; written run by run."""
-    runs, start = [], None
-    for position, value in enumerate([*mask.T.ravel().tolist(), 0], start=1):
-        if value and start is None:
-            start = position
-        elif not value and start is not None:
-            runs.append(f"{start} {position - start}")
-            start = None
-    return " ".join(runs)
+    """Run-length encoding, column by column, counted from 1; a run may go on in the next column."""
+    runs, height = [], len(mask)
+    for column, values in enumerate(mask.T):
+        ends = np.flatnonzero(np.diff(values.astype(int), prepend=0, append=0)) + column * height
+        for start, end in ends.reshape(-1, 2).tolist():
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, end))
+    return " ".join(f"{start + 1} {end - start}" for start, end in runs)
 
 
-def draw_sample(output, train, test, seed):
-    """Write `train` and `test` pictures and the three CSV files into the folder `output`."""
-    for part, count, table in (("train", train, "train.csv"), ("test", test, "test_truth.csv")):
+def draw_sample(output, train, test, seed, size):
+    """Write `train` and `test` pictures and the two CSV files into the folder `output`."""
+    for part, count, table in (("train", train, "train"), ("test", test, "sample_submission")):
         (output / f"{part}_images").mkdir(parents=True, exist_ok=True)
-        rows, empty_rows = ["Image_Label,EncodedPixels"], ["Image_Label,EncodedPixels"]
+        rows = ["Image_Label,EncodedPixels"]
         for number in range(count):
             rng = np.random.default_rng((seed, part == "test", number))
             image = f"{rng.integers(16**7):07x}.jpg"
             picture, masks = draw_picture(rng)
             target = str(output / f"{part}_images" / image)
-            cv2.imwrite(target, picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
-            rows += [f"{image}_{name},{encode(mask)}" for name, mask in zip(CLASSES, masks)]
-            empty_rows += [f"{image}_{name},1 1" for name in CLASSES]
-        (output / table).write_text("\n".join(rows) + "\n")
-        if part == "test":
-            (output / "sample_submission.csv").write_text("\n".join(empty_rows) + "\n")
+            picture = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
+            cv2.imwrite(target, picture, [cv2.IMWRITE_JPEG_QUALITY, 60])
+            rles = map(encode, masks) if part == "train" else ["1 1"] * len(CLASSES)
+            rows += [f"{image}_{name},{rle}" for name, rle in zip(CLASSES, rles)]
+        (output / f"{table}.csv").write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=int, default=12, help="number of training pictures")
-    parser.add_argument("--test", type=int, default=4, help="number of test pictures")
+    parser.add_argument("--train", type=int, default=160, help="number of training pictures")
+    parser.add_argument("--test", type=int, default=24, help="number of test pictures")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, nargs=2, default=[256, 384], help="of the pictures")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "sample")
     arguments = parser.parse_args()
-    draw_sample(arguments.output, arguments.train, arguments.test, arguments.seed)
+    draw_sample(**vars(arguments) | {"size": tuple(arguments.size)})

@@ -1,8 +1,12 @@
 """Carry kernel.py into kernel.ipynb, execute that on the sample and store its outputs.
 
 python tests/refresh.py
+
+The picture at the top of the notebook and of the README is the run's own: its best, its median and
+its worst held-out picture.
 """
 
+import base64
 import os
 import subprocess
 import sys
@@ -13,6 +17,13 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "tests" / "prediction.jpg"
+
+
+def find_picture(notebook):
+    """The figure of the best, the median and the worst picture, JPEG in base 64."""
+    (cell,) = (c for c in notebook.cells if "true masks" in c.source and c.cell_type == "code")
+    return cell.outputs[0].data["image/jpeg"].replace("\n", "")
 
 
 def main():
@@ -27,6 +38,9 @@ def main():
         NotebookClient(notebook, record_timing=False, resources=resources).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+    picture = find_picture(notebook)
+    notebook.cells[0].attachments = {"prediction.jpg": {"image/jpeg": picture}}
+    PICTURE.write_bytes(base64.b64decode(picture))
     nbformat.write(notebook, ROOT / "kernel.ipynb")
 
 

@@ -1,6 +1,7 @@
 """The notebook as a whole: as it is committed, in a run with many faults, and files around it."""
 
 import ast
+import base64
 import builtins
 import copy
 import dis
@@ -14,8 +15,8 @@ import sys
 import types
 
 import jupytext
-import nbclient
 import nbformat
+import papermill
 import pytest
 from conftest import CELLS, IMAGE, ROOT, add_mark, turn_line_ends
 
@@ -85,6 +86,29 @@ def test_what_a_library_says_on_stderr_decides_nothing(tmp_path):
     assert results == [0, 1]
 
 
+def test_the_picture_at_the_top_is_the_run_s_own(notebook, code_cells):
+    """In Jupyter, on Kaggle and in the README."""
+    picture = base64.b64decode(notebook.cells[0].attachments["prediction.jpg"]["image/jpeg"])
+    assert picture == (ROOT / "tests" / "prediction.jpg").read_bytes()
+    shown = [
+        o.data["image/jpeg"]
+        for c in code_cells
+        for o in c.outputs
+        if "image/jpeg" in o.get("data", {})
+    ]
+    assert picture in [base64.b64decode(data) for data in shown]
+
+
+def test_contents_link_to_the_sections(notebook):
+    headings = [
+        line.removeprefix("## ").replace(" ", "-")
+        for cell in notebook.cells
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
+    assert re.findall(r"^\d\. \[[^]]+\]\(#([^)]+)\)", notebook.cells[0].source, re.M) == headings
+
+
 def test_parameters_cell_is_tagged(code_cells):
     tagged = [cell for cell in code_cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1 and "preset = None" in tagged[0].source
@@ -137,7 +161,7 @@ def shown(cell):
 
 
 def test_a_run_with_many_faults_ends_with_a_submission_and_its_cells_run_twice(
-    kernel, source, tmp_path, monkeypatch
+    kernel, source, tmp_path
 ):
     """Ends with a submission, tells of each fault, and finds the same again in each cell."""
     turn_line_ends(source)
@@ -146,16 +170,20 @@ def test_a_run_with_many_faults_ends_with_a_submission_and_its_cells_run_twice(
     broken = sorted((source / "test_images").iterdir())[0]
     broken.write_text("text")
     shutil.copy(source / "train_images" / IMAGE, source / "test_images" / "other.jpg")
-    sizes = {"image_size": [64, 96], "classifier_size": [64, 96], "held_out": [0], "flips": False}
-    overrides = {**sizes, "epochs": 1, "classifier_epochs": [1, 1], "broken_share": 0.1}
-    variables = {"CLOUDS_INPUT": source, "CLOUDS_OUTPUT": tmp_path / "output"}
-    variables |= {"CLOUDS_OVERRIDES": json.dumps(overrides), "CLOUDS_PRESET": "SAMPLE"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
+    sizes = {"image_size": [64, 96], "classifier_size": [64, 96], "folds": 5, "flips": False}
+    epochs = {"epochs": 1, "baseline_epochs": 1, "classifier_epochs": 1}
+    parameters = {"preset": "SAMPLE", "overrides": {**sizes, **epochs, "broken_share": 0.1}}
+    parameters |= {"input_folder": str(source), "output_folder": str(tmp_path / "output")}
+    parameters |= {"earlier_folders": None}
     notebook = jupytext.reads(CELLS, fmt="py:percent")
+    notebook = papermill.parameterize.parameterize_notebook(notebook, parameters)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [cell for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
     notebook.cells = [copy.deepcopy(cell) for cell in cells for _ in range(2)]
-    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(tmp_path / "twice.ipynb", executed, cwd=tmp_path, progress_bar=False)
+    notebook = nbformat.read(executed, as_version=4)
     for first, second in zip(notebook.cells[::2], notebook.cells[1::2]):
         assert shown(first) == shown(second), first.source
     assert len([cell for cell in notebook.cells if any(shown(cell))]) > 40
@@ -195,5 +223,6 @@ def test_each_section_with_definitions_has_a_test_file_of_its_name():
     for section in re.split("^# ## ", CELLS, flags=re.MULTILINE)[1:]:
         heading, _, body = section.partition("\n")
         if re.search("^(def|class) ", body, re.MULTILINE):
-            expected.add(f"test_{re.sub('[^a-z0-9]+', '_', heading.lower())}.py")
+            name = re.sub("[^a-z0-9]+", "_", heading.lower()).strip("_")
+            expected.add(f"test_{name}.py")
     assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == expected

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-SMALL = "segmentation-models==1.0.1 image-classifiers==1.0.0 efficientnet==1.0.0 "
-SMALL += "keras-applications==1.0.8 keras-rectified-adam==0.20.0"
+NETWORKS = "segmentation-models==1.0.1 image-classifiers==1.0.0"
+ENCODERS = "efficientnet==1.0.0 keras-applications==1.0.8"
 TPU = [
     "uninstall --yes tensorflow tensorflow-cpu",
     "install tensorflow-tpu==2.19.1 libtpu==0.0.10",
@@ -20,11 +20,12 @@ SKIMAGE = "scikit-image==0.25.2 lazy-loader==0.4"
 @pytest.mark.parametrize(
     ("environment", "modules", "calls"),
     [
-        ({}, {"skimage"}, [f"install --no-deps {SMALL}"]),
-        ({}, set(), [f"install --no-deps {SMALL} {SKIMAGE}"]),
-        ({"ISTPUVM": "1"}, set(), [f"install --no-deps {SMALL} {SKIMAGE}", *TPU]),
+        ({}, {"skimage"}, [f"install --no-deps {NETWORKS} {ENCODERS}"]),
+        ({}, {"skimage", "segmentation_models"}, [f"install --no-deps {ENCODERS}"]),
+        ({}, set(), [f"install --no-deps {NETWORKS} {ENCODERS} {SKIMAGE}"]),
+        ({"ISTPUVM": "1"}, set(), [f"install --no-deps {NETWORKS} {ENCODERS} {SKIMAGE}", *TPU]),
     ],
-    ids=["GPU", "bare", "TPU"],
+    ids=["GPU", "half", "bare", "TPU"],
 )
 def test_each_image_of_kaggle_gets_what_it_lacks(kernel, environment, modules, calls):
     assert kernel.list_pip_calls(environment, modules.__contains__) == calls

@@ -4,8 +4,7 @@
     PYTHONPATH=tests python tests/benchmarks/decision.py TRAIN_CSV [IMAGES]
 
 COUNTS.npz holds `areas` and `overlaps`, int (images, classes, 256), as count_pixels counts them, of
-maps of any size, and `presence`, float (images, classes), a measure of presence from 0 to 1. Pixels
-are scaled to those of the submission, as smallest areas are counted in.
+maps of any size, and `presence`, float (images, classes), a measure of presence from 0 to 1.
 
 Else no network is trained: its maps are made from the true masks, shifted, zoomed, blurred and
 mixed with smooth noise, and where a class is absent from another image's mask of it. How sure a map
@@ -19,7 +18,6 @@ minimum sizes, with connected components for each.
 """
 
 import itertools
-import math
 import sys
 import time
 from pathlib import Path
@@ -28,7 +26,7 @@ import cv2
 import numpy as np
 from conftest import KERNEL
 from scipy.special import expit, logit
-from scipy.stats import norm
+from scipy.stats import bootstrap, norm
 
 SMALL = (70, 105)  # the size that maps are made at
 SETTINGS = {  # area under the presence's curve, shift, blur, noise and contrast of the maps
@@ -87,15 +85,18 @@ def compare(config, areas, overlaps, presence):
     """Decide in all ways, on images that the rules did not learn on, and print scores and times."""
     there = overlaps[..., 0] > 0
     decisions = {"all masks empty": np.full(there.shape, KERNEL.EMPTY)}
-    decisions |= KERNEL.cross_validate(config, areas, overlaps, presence)
+    for way, learn in KERNEL.WAYS.items():
+        decisions[way] = KERNEL.cross_decide(learn, config, areas, overlaps, presence)
     dice = KERNEL.dice(overlaps, areas + overlaps[..., :1])
     best = [dice[known, index].mean(axis=0).argmax() for index, known in enumerate(there.T)]
     decisions["presence known, best thresholds"] = np.where(there, best, KERNEL.EMPTY)
     scores = {way: KERNEL.score_decisions(areas, overlaps, x) for way, x in decisions.items()}
     base = scores["threshold and area"]
     for way, score in scores.items():
-        gain, low, high = KERNEL.bound_difference(score, base, config.seed)
-        over = f"over threshold and area {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+        gains, options = (score - base).mean(axis=1), {"method": "percentile", "n_resamples": 2000}
+        found = bootstrap([gains], np.mean, random_state=config.seed, **options)
+        low, high = found.confidence_interval
+        over = f"over threshold and area {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
         print(f"{way:31} {score.mean():.4f}  {over}")
     for way, learn in KERNEL.WAYS.items():
         start = time.perf_counter()
@@ -159,9 +160,7 @@ if __name__ == "__main__":
     if sys.argv[1].endswith(".npz"):
         for counts in map(np.load, sys.argv[1:]):
             print(f"\n{len(counts['areas'])} images")
-            pair = (counts[name] for name in ("areas", "overlaps"))
-            scale = math.prod(KERNEL.SUBMISSION_SIZE) / counts["areas"].max()
-            areas, overlaps = (np.rint(scale * part).astype(int) for part in pair)
+            areas, overlaps = (counts[name].astype(int) for name in ("areas", "overlaps"))
             compare(KERNEL.BEST, areas, overlaps, counts["presence"])
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

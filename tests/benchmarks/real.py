@@ -2,12 +2,15 @@
 
     PYTHONPATH=tests python tests/benchmarks/real.py CLOUDS OUTPUT [--ways best paper popular]
         [--minutes 10] [--seeds 0] [--size 64 96] [--images 500]
+        [--encoder efficientnetb0] [--encoder-weights PATH]
 
 CLOUDS is a folder of the competition's data, or of resized copies, whose test pictures have their
-true rows in test_truth.csv. All train the same encoder from random weights for the same time, on
-four fifths of the training pictures, or on the first `images` of these. Minutes are those of one
-processor core, so that other work beside does not count. Rules learn on the last fifth; scored are
-the test pictures, and those of the last fifth by rules that learned on others of them. The ways are
+true rows in test_truth.csv. All train the same encoder for the same time, from random weights or
+from those in a file, on four fifths of the training pictures, or on the first `images` of these.
+The encoder is half as wide and a third as deep as B0, or another by its name or its coefficients.
+Minutes are those of one processor core, so that other work beside does not count. Rules learn on
+the last fifth; scored are the test pictures, and those of the last fifth by rules that learned on
+others of them. The ways are
 
 - best: BEST's U-Net for nine tenths of the time, its classifier for one;
 - paper: PAPER's U-Net for the whole time, threshold and minimum area for each class;
@@ -27,34 +30,33 @@ the test pictures, and those of the last fifth by rules that learned on others o
 
 Prints for each the Dice by the rule it uses, the average precision of its classifier, and the gain
 over the first way, the mean over the seeds with its 95 % interval. OUTPUT keeps what was trained,
-and the ways that share a network with another take it from there.
+where ways that share a network find it, and the scores; other minutes, pictures, sizes or encoders
+need another OUTPUT.
 """
 
 import argparse
-import functools
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from conftest import KERNEL
-from sklearn.metrics import average_precision_score
+import pandas as pd
+from conftest import ENCODER, KERNEL
 
 tf = KERNEL.tf
-ENCODER = (0.5, 0.3)
 FIELDS = {
-    "encoders": (ENCODER,),
-    "encoder_weights": None,
-    "precision": "float32",
     "batch_norm_momentum": 0.95,
     "batch_size": 16,
-    "classifier_epochs": (1, 5),
+    "baseline_epochs": 1,
+    "classifier_epochs": 5,
+    "epochs": 999,
     "learning_rate": 3e-3,
 }
 CLASSIFIER_SHARE = 0.1
 HEAD_WEIGHT = 0.2
-NETWORKS = dict(KERNEL.NETWORKS)
 KERNEL.time = types.SimpleNamespace(monotonic=time.process_time)
+tf.get_logger().setLevel("ERROR")  # no warnings that further networks have graphs of their own
 
 
 def build_with_head(config, encoder, size):
@@ -65,7 +67,7 @@ def build_with_head(config, encoder, size):
     maps, top = both(unet.get_layer(index=1)(unet.input))
     average = layers.GlobalAveragePooling2D(name="average")(top)
     presence = layers.Dense(4, "sigmoid", dtype="float32", name="presence")(average)
-    return tf.keras.Model(unet.input, [layers.Activation("sigmoid")(maps), presence])
+    return tf.keras.Model(unet.input, [layers.Activation("sigmoid", name="maps")(maps), presence])
 
 
 def loss_with_head(config, planes, probabilities):
@@ -73,6 +75,12 @@ def loss_with_head(config, planes, probabilities):
     if probabilities.shape.rank == 2:
         return HEAD_WEIGHT * KERNEL.classifier_loss(config, planes, probabilities)
     return KERNEL.unet_loss(config, planes, probabilities)
+
+
+def measure_with_head(config, planes, probabilities):
+    """The U-Net's measure of the maps, the classifier's of the presence."""
+    measure = KERNEL.accuracy if probabilities.shape.rank == 2 else KERNEL.dice_at_half
+    return measure(config, planes, probabilities)
 
 
 def weigh_absent(config, planes, probabilities, absent_weight):
@@ -122,53 +130,57 @@ def loss_of_smoothed(config, planes, probabilities):
     return KERNEL.cross_entropy(config, truth, probabilities)
 
 
-UNET, CLASSIFIER, CLASSIFIER_LOSS = KERNEL.build_efficient_unet, *NETWORKS["classifier"]
-OTHERS = {
-    "head": {"unet": (build_with_head, loss_with_head)},
-    "present": {"unet": (UNET, loss_of_present)},
-    "half present": {"unet": (UNET, loss_of_half_present)},
-    "batch": {"unet": (UNET, loss_of_batch)},
-    "dropout": dict.fromkeys(("baseline", "classifier"), (build_with_dropout, CLASSIFIER_LOSS)),
-    "smoothed": dict.fromkeys(("baseline", "classifier"), (CLASSIFIER, loss_of_smoothed)),
+UNETS = {  # what is other in a way's U-Net
+    "head": {"build": build_with_head, "loss": loss_with_head, "measure": measure_with_head},
+    "present": {"loss": loss_of_present},
+    "half present": {"loss": loss_of_half_present},
+    "batch": {"loss": loss_of_batch},
 }
-LONGER = ("longer", "dropout", "smoothed", "larger")
+LONGER = {  # in the baseline and the classifier of those that train it for longer
+    "longer": {},
+    "dropout": {"build": build_with_dropout},
+    "smoothed": {"loss": loss_of_smoothed},
+    "larger": {},
+}
 
 
 def write_encoder(config, unet, path):
     """Write the weights of a U-Net's encoder as initial weights of another network."""
-    encoder = KERNEL.build_classifier(config, ENCODER, config.image_size).get_layer(index=2)
+    encoder = KERNEL.build_classifier(config, unet.encoder, unet.size).get_layer(index=2)
     for layer in (layer for layer in encoder.layers if layer.weights):
-        layer.set_weights(unet.get_layer(index=2).get_layer(layer.name).get_weights())
+        layer.set_weights(unet.model.get_layer(index=2).get_layer(layer.name).get_weights())
     encoder.save_weights(path)
 
 
-def train_popular(config, parts, deadline, path):
+def mirror(model):
+    """The mean of a classifier's probabilities over an image and its mirror images."""
+    views = [model(tf.reverse(model.input, turn)) for turn in ([], [1], [2], [1, 2])]
+    return tf.keras.Model(model.input, tf.add_n(views) / len(views))
+
+
+def train_popular(config, unet, pictures, deadline, path):
     """The popular recipe; keeps the weights of the lowest validation loss in a file."""
-    model = KERNEL.build_efficient_unet(config, ENCODER, config.image_size)
-    if path.exists():
-        model.load_weights(path)
-        return model
+    model = unet.build(config, unet.encoder, unet.size)
 
-    def read(images):
-        batches = [*KERNEL.make_dataset(config, config.image_size, 1, *images)]
-        return tf.data.Dataset.from_tensor_slices(
-            tuple(np.concatenate([batch[part] for batch in batches]) for part in (0, 1))
-        )
-
-    def flip(image, plane):
-        both = tf.concat([image, plane[..., None]], axis=-1)
-        both = tf.image.random_flip_up_down(tf.image.random_flip_left_right(both))
-        return both[..., :3], tf.cast(KERNEL.split_planes(both[..., 3]), tf.float32)
+    def read(part):
+        rows = (row for _, row in part.iterrows())
+        examples = zip(*(KERNEL.load_example(config, row, unet.size) for row in rows))
+        return tf.data.Dataset.from_tensor_slices(tuple(map(np.stack, examples)))
 
     def split(image, plane):
         return image, tf.cast(KERNEL.split_planes(plane), tf.float32)
 
+    def flip(image, plane):
+        both = tf.concat([image, plane[..., None]], axis=-1)
+        both = tf.image.random_flip_up_down(tf.image.random_flip_left_right(both))
+        return split(both[..., :3], both[..., 3])
+
     def end(batch, logs):
         model.stop_training |= time.process_time() > deadline
 
-    training, validation = (read(images).cache() for images in parts)
-    training = training.shuffle(10**5).map(flip).batch(config.batch_size)
-    validation = validation.map(split).batch(config.batch_size)
+    held_out = pictures["fold"] == unet.fold
+    training = read(pictures[~held_out]).shuffle(10**5).map(flip).batch(unet.batch_size)
+    validation = read(pictures[held_out]).map(split).batch(unet.batch_size)
     loss = KERNEL.segmentation_models.losses.bce_dice_loss
     model.compile(tf.keras.optimizers.legacy.Adam(1e-3), loss)
     callbacks = [
@@ -178,85 +190,84 @@ def train_popular(config, parts, deadline, path):
     ]
     model.fit(training, validation_data=validation, epochs=999, callbacks=callbacks, verbose=2)
     model.load_weights(path)
-    return model
+    return replace(unet, model=model)
 
 
-def train(config, network, parts, labels, deadline, folder, earlier, begin=None):
-    """A network of the notebook's, or one that is there; its Training."""
-    plan = functools.partial(KERNEL.plan_training, config, network, ENCODER, 0, labels, 1, 1000.0)
-    training = plan(folder, earlier)
-    if not (training.folder / "done").exists():
-        KERNEL.train(tf.distribute.get_strategy(), config, training, parts, deadline, 0, begin)
-        (training.folder / "done").touch()  # also if the clock has ended it
-    return training
+def train(config, network, pictures, output, end):
+    """A network that is trained until `end`, or as another way has trained it."""
+    network = replace(network, folder=KERNEL.choose_folder(config, network, pictures, output))
+    if not (done := network.folder / "done").exists():
+        held_out = (pictures["fold"] == network.fold).sum()
+        KERNEL.fit(config, network, pictures, KERNEL.Schedule(config, network, end, held_out))
+        done.touch()  # also if the clock has ended it
+    weights = network.folder / "weights.h5"
+    return replace(network, model=KERNEL.build_network(config, network, weights))
 
 
-def judge(config, training, images, mirrored):
-    """A classifier's probabilities of presence, perhaps the mean over mirror images."""
-    model, turns = KERNEL.load_network(config, training), [[], [1], [2], [1, 2]]
-    views = [model(tf.reverse(model.input, turn)) for turn in (turns if mirrored else [[]])]
-    batches = KERNEL.make_dataset(config, training.size, 50, *images)
-    several = tf.keras.Model(model.input, tf.add_n(views) / len(views))
-    return several.predict(batches, verbose=0)[: len(images[0])]
-
-
-def run(way, seed, source, output, minutes, size, images):
+def run(way, seed, args):
     """Train one way and score it on the held-out and on the test pictures.
 
-    Returns their Dice, and the probabilities and the truth of presence: (images, classes) each.
+    Returns their Dice, and the probabilities and the truth of presence: (pictures, classes) each.
     """
-    preset = KERNEL.PAPER if way == "paper" else KERNEL.BEST
-    own = {"epochs": 999, "seed": seed, "hours": minutes / 60, "image_size": size, **FIELDS}
+    whole, size = 60 * args.minutes, tuple(args.size)
+    own = FIELDS | {"encoder_weights": args.encoder_weights, "seed": seed, "image_size": size}
+    own |= {"hours": args.minutes / 60, "classifier_size": size}
     own |= {"flips": False, "decision": "threshold and area"} if way == "popular" else {}
     own |= {"averaging": False} if way == "plain" else {}
-    own |= {"classifier_epochs": (1, 50)} if way in LONGER else {}
+    own |= {"classifier_epochs": 50} if way in LONGER else {}
     own |= {"classifier_size": tuple(2 * side for side in size)} if way == "larger" else {}
-    config = KERNEL.replace(preset, **{"classifier_size": size, **own})
-    labels, truth = (KERNEL.read_labels(source / name) for name in ("train.csv", "test_truth.csv"))
-    parts = KERNEL.split_images(
-        labels, KERNEL.assign_folds(labels, 5, 0), source / "train_images", 0
-    )
-    parts[0] = [part[:images] for part in parts[0]]
-    tests = [source / "test_images" / name for name in truth.index], truth
-    both, folder = (parts[1], tests), output / f"{way}-{seed}"
-    (folder / "members").mkdir(parents=True, exist_ok=True)
-    earlier = [path.parent for path in sorted(output.glob(f"*-{seed}/members"))]
-    start, whole = time.process_time(), 60 * minutes
+    config = replace(KERNEL.PAPER if way == "paper" else KERNEL.BEST, **own)
+    tables = []
+    for name, folder in (("train.csv", "train_images"), ("test_truth.csv", "test_images")):
+        labels = KERNEL.read_labels(args.source / name)
+        tables.append(labels.assign(path=[args.source / folder / image for image in labels.index]))
+    folds = KERNEL.assign_folds(tables[0], 5, 0)
+    held_out, others = tables[0][folds == 0], tables[0][folds != 0][: args.images]
+    pictures = pd.concat([held_out, others]).assign(fold=folds)
+    judged = pd.concat([held_out, tables[1]])
+    presence = np.full((len(judged), 4), 0.5)
+
+    encoder = args.encoder[0] if len(args.encoder) == 1 else tuple(map(float, args.encoder))
+    parts = KERNEL.build_efficient_unet, KERNEL.unet_loss, KERNEL.dice_at_half
+    unet = KERNEL.Network("U-Net", encoder, 0, KERNEL.UNetConfig, size, config.epochs, *parts)
+    unet = replace(unet, batch_size=config.batch_size, **UNETS.get(way, {}))
+    start = time.process_time()
     tf.keras.utils.set_random_seed(seed)
-    KERNEL.NETWORKS = NETWORKS | OTHERS.get(way, {})
-    presence = [np.full((len(rows), 4), 0.5) for _, rows in both]
     if way == "popular":
-        unet = train_popular(config, parts, start + whole, folder / "weights.h5")
-        training = KERNEL.Training("", "unet", ENCODER, 0, size, 16, 1, folder)
+        path = args.output / f"popular-{seed}.h5"
+        unet = train_popular(config, unet, pictures, start + whole, path)
     else:
-        end = start + whole * (1 if way in ("paper", "head") else 1 - CLASSIFIER_SHARE)
-        training = train(config, "unet", parts, labels, end, folder, earlier)
-        unet = KERNEL.load_network(config, training)
+        share = 1 if way in ("paper", "head") else 1 - CLASSIFIER_SHARE
+        unet = train(config, unet, pictures, args.output, start + whole * share)
     if way == "head":
-        head = tf.keras.Model(unet.input, unet.outputs[1])
-        unet = tf.keras.Model(unet.input, unet.outputs[0])
-        batches = [KERNEL.make_dataset(config, size, 50, *images) for images in both]
-        presence = [head.predict(b, verbose=0)[: len(i[0])] for b, i in zip(batches, both)]
+        maps, found = (tf.keras.Model(unet.model.input, output) for output in unet.model.outputs)
+        presence = KERNEL.predict_presence(replace(unet, model=found), judged).to_numpy()
+        unet = replace(unet, model=maps)
     elif way not in ("paper", "popular", "alone"):
-        own = config
         if way == "started":
-            write_encoder(config, unet, folder / "encoder.h5")
-            own = KERNEL.replace(config, encoder_weights=str(folder / "encoder.h5"))
-        end = time.process_time() + whole * CLASSIFIER_SHARE * (4 if way in LONGER else 1)
-        shared = parts, labels, end, folder, earlier
-        begin = train(own, "baseline", *shared)
-        classifier = train(own, "classifier", *shared, begin)
-        presence = [judge(config, classifier, images, way == "mirrored") for images in both]
-    predictors = [(training, KERNEL.build_predictor(unet, config.flips))]
-    known, new = (KERNEL.count_validation(config, predictors, *images)[-1] for images in both)
-    decide = KERNEL.WAYS[config.decision](config, *known, presence[0])
-    decided = KERNEL.cross_validate(config, *known, presence[0])[config.decision]
-    scores = (
-        KERNEL.score_decisions(*known, decided),
-        KERNEL.score_decisions(*new, decide(new[0], presence[1])),
-    )
-    there = [rows != "" for _, rows in both]
-    return tuple(np.concatenate(part) for part in (scores, presence, there))
+            path = args.output / f"encoder-{seed}.h5"
+            write_encoder(config, unet, path)
+            config = replace(config, encoder_weights=str(path))
+        share = CLASSIFIER_SHARE * (4 if way in LONGER else 1)
+        shared = pictures, args.output, time.process_time() + whole * share
+        own = {"kind": "baseline", "shape": KERNEL.BaselineConfig, "size": config.classifier_size}
+        own |= {"build": KERNEL.build_classifier, "loss": KERNEL.classifier_loss}
+        own |= {"measure": KERNEL.accuracy, "epochs": config.baseline_epochs, "model": None}
+        baseline = train(config, replace(unet, **own | LONGER.get(way, {})), *shared)
+        own = {"kind": "classifier", "shape": KERNEL.ClassifierConfig}
+        own |= {"epochs": config.classifier_epochs, "start": baseline.folder / "weights.h5"}
+        classifier = train(config, replace(baseline, **own), *shared)
+        if way == "mirrored":
+            classifier = replace(classifier, model=mirror(classifier.model))
+        presence = KERNEL.predict_presence(classifier, judged).to_numpy()
+    predictor = replace(unet, model=KERNEL.build_predictor(unet.model, config.flips))
+    areas, overlaps = KERNEL.count_validation([predictor], judged)[-1]
+    count, decide = len(held_out), KERNEL.WAYS[config.decision]
+    known = config, areas[:count], overlaps[:count], presence[:count]
+    decided = [KERNEL.cross_decide(decide, *known)]
+    decided.append(decide(*known)(areas[count:], presence[count:]))
+    scores = KERNEL.score_decisions(areas, overlaps, np.concatenate(decided))
+    return scores, presence, (judged[KERNEL.CLASSES] != "").to_numpy()
 
 
 def main():
@@ -269,21 +280,25 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", type=int, nargs=2, default=[64, 96])
     parser.add_argument("--images", type=int)
+    parser.add_argument("--encoder", nargs="+", default=ENCODER)
+    parser.add_argument("--encoder-weights")
     args, scores = parser.parse_args(), {}
+    (args.output / "members").mkdir(parents=True, exist_ok=True)
     for way in args.ways:
         for seed in args.seeds:
             path = args.output / f"{way}-{seed}.npz"
             if not path.exists():
-                shared = args.source, args.output, args.minutes, tuple(args.size), args.images
-                np.savez(path, *run(way, seed, *shared))
+                np.savez(path, *run(way, seed, args))
             score, presence, truth = np.load(path).values()
             scores.setdefault(way, []).append(score)
-            average = [average_precision_score(*pair) for pair in zip(truth.T, presence.T)]
+            average = KERNEL.metrics.average_precision_score(truth, presence, average=None)
             text = f"{way}, seed {seed}: Dice {score.mean():.4f}, average precision"
-            print(text, f"{np.mean(average):.3f} {np.round(average, 3)}", flush=True)
-        pair = (np.mean(scores[name], axis=0) for name in (way, args.ways[0]))
-        gain, *interval = KERNEL.bound_difference(*pair, 0)
-        print("{}: {:+.4f} [{:+.4f}, {:+.4f}]".format(way, gain, *interval), flush=True)
+            print(text, f"{average.mean():.3f} {average.round(3)}", flush=True)
+        gains = np.mean(scores[way], axis=0) - np.mean(scores[args.ways[0]], axis=0)
+        options = {"method": "percentile", "n_resamples": 2000, "random_state": 0}
+        interval = KERNEL.stats.bootstrap([gains.mean(axis=1)], np.mean, **options)
+        text = "{:+.4f} [{:+.4f}, {:+.4f}]".format(gains.mean(), *interval.confidence_interval)
+        print(f"{way}: {text}", flush=True)
 
 
 if __name__ == "__main__":
