@@ -13,8 +13,11 @@
 # %% [markdown]
 # # Understanding clouds with EfficientUNet
 #
-# ![Pictures of clouds with the dashed outlines of their true masks, unions of boxes, and of the
-# predicted masks, which are much like them, with round corners](attachment:prediction.jpg)
+# ![Three drawn pictures of clouds over the sea, above with the outlines of their true masks, unions
+# of boxes, below with those of the predicted masks and their Dice](attachment:prediction.jpg)
+#
+# *The best, the median and the worst of the held-out pictures below, with their true masks and,
+# under these, with the predicted ones. They are drawn: the competition's may not be redistributed.*
 #
 # Shallow clouds over the oceans arrange themselves in patterns that matter to the Earth's climate.
 # Climate scientists named four of them, *Fish*, *Flower*, *Gravel* and *Sugar*, and labellers drew
@@ -834,7 +837,7 @@ def ordered_batches(pictures, size, batch_size, with_planes=False):
 
 
 # %% [markdown]
-# A batch as the network gets it, half of it augmented:
+# A batch as the network gets it, about half of it augmented:
 
 # %%
 held_out = pictures["fold"] == config.held_out[0]
@@ -970,7 +973,8 @@ print(f"{name_encoder(config.encoders[0])} has {classifier.count_params():,} par
 # gradients to trust their spread: a factor on its rate, which depends on the step alone. The rate
 # without it rises for the first tenth of a training and then falls to a hundredth of its height,
 # which follows the square root of the batch, as is [right](https://arxiv.org/abs/2205.10287) for
-# optimisers like Adam. Together they rise for longer, and in a short training stay far below it:
+# optimisers like Adam. Together they rise for longer, and in a short training stay far below it.
+# `keras-rectified-adam` computes the same with some sixty operations for each array of weights.
 
 
 # %%
@@ -1421,27 +1425,22 @@ def find_points(truth, probability, recall):
 judged = [predict_presence(c, pictures[pictures.fold == c.fold]) for c in classifiers]
 presence = pd.concat(judged).groupby(level=0).mean()
 truth = pictures.loc[presence.index, CLASSES] != ""
-judge = metrics.average_precision_score
-averages = {c: judge(truth[c], presence[c]) for c in CLASSES if truth[c].any()}
-pd.DataFrame({"frequency": truth.mean(), "average precision": averages}).round(3)
+print(f"{len(presence):,} held-out pictures, each judged by what has not seen it")
 
 # %%
-print(f"{len(presence):,} held-out pictures, each judged by what has not seen it")
-figure, panels = plt.subplots(1, 4, figsize=(13, 4), sharey=True, layout="constrained")
-for axes, name in zip(panels, averages):
-    precisions, recalls, _ = metrics.precision_recall_curve(truth[name], presence[name])
+figure, panels = plt.subplots(1, 4, figsize=(13, 3.7), layout="constrained")
+for axes, name in zip(panels, truth.columns[truth.any()]):
     _, precision, recall = find_points(truth[name], presence[name], config.gate_recall)
-    axes.axhline(truth[name].mean(), linestyle=":", color="gray", label="the class's frequency")
-    axes.step(recalls, precisions, where="pre", color=STYLES[name][0])
     axes.plot(config.gate_recall, precision, "kv", label=f"recall {config.gate_recall:.2f}")
     axes.plot(recall, 0.9, "k>", label="precision 0.90")
-    axes.set(title=name, xlabel="recall", ylabel="precision")
-figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    options = {"name": name, "color": STYLES[name][0], "plot_chance_level": True, "ax": axes}
+    metrics.PrecisionRecallDisplay.from_predictions(truth[name], presence[name], **options)
+    axes.set(xlabel="recall", ylabel="precision")
 plt.show()
 
 # %% [markdown]
-# The curve of a classifier that knows nothing is the dotted line at the class's frequency, which is
-# also its average precision.
+# The curve of a classifier that knows nothing is the dashed line at the class's frequency, which is
+# also its average precision (AP).
 #
 # What does the classifier look at? Grad-CAM weights the maps of the encoder's last layer by how
 # much a class's score rises with them, and adds them up. Here it is of the first classifier for the
@@ -1486,12 +1485,13 @@ plt.show()
 # unless that setting is changed. With B0:
 #
 # ```
-# image          1      3 channels                                probabilities   1      4
-# encoder's map  1/2   32 ---------.                              convolved       1     16
-#                1/4  144 -------. '-- up, concatenate, convolve  ->              1/2   32
-#                1/8  240 -----. '---- up, concatenate, convolve  ->              1/4   64
-#                1/16 672 ---. '------ up, concatenate, convolve  ->              1/8  128
-#                1/32 1280   '-------- up, concatenate, convolve  ->              1/16 256
+# size  encoder's map    decoder's map, by way of
+# 1/1                      16   upsample, convolve, convolve; then the probabilities
+# 1/2     96 channels -->  32   upsample, concatenate, convolve, convolve
+# 1/4    144          -->  64   upsample, concatenate, convolve, convolve
+# 1/8    240          --> 128   upsample, concatenate, convolve, convolve
+# 1/16   672          --> 256   upsample, concatenate, convolve, convolve
+# 1/32  1280, from which the decoder goes up
 # ```
 
 

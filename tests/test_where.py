@@ -1,12 +1,13 @@
 """Where? builds the paper's network, the Dice that measures it, and its loss."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
 import segmentation_models
 import tensorflow as tf
-from conftest import ENCODER, pack
+from conftest import CELLS, ENCODER, pack
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -79,6 +80,20 @@ def test_halves_are_used_in_the_layers_only(kernel, tiny, images, precision):
     assert {weight.dtype for weight in model.weights} == {tf.float32}  # batch statistics too
     loss = kernel.unet_loss(tiny, tf.zeros((2, 64, 96), tf.uint8), model(images))
     assert loss.dtype == tf.float32 and loss.shape == (2,) and np.isfinite(loss).all()
+
+
+def test_the_figure_of_the_network_has_its_channels(kernel, tiny):
+    """Size by size, those of B0's maps and of the decoder's."""
+    drawn = re.findall(r"(?m)^# 1/(\d+) +(?:(\d+) .*--> +)?(\d+) +upsample", CELLS)
+    model = kernel.build_efficient_unet(tiny, "efficientnetb0", (64, 96)).get_layer(index=2)
+    for stage, (part, encoder, decoder) in enumerate(reversed(drawn)):
+        output = model.get_layer(f"decoder_stage{stage}b_relu").output
+        assert output.shape[1:] == (64 // int(part), 96 // int(part), int(decoder))
+        if stage < 4:
+            _, skipped = model.get_layer(f"decoder_stage{stage}_concat").input
+            assert skipped.shape[1:] == (64 // int(part), 96 // int(part), int(encoder))
+    assert len(drawn) == 5 and "# 1/32  1280, from which" in CELLS
+    assert model.get_layer("top_activation").output.shape[1:] == (2, 3, 1280)
 
 
 # The measure and the loss
