@@ -325,7 +325,7 @@ def test_the_cell_s_earlier_outputs_are_copied_and_counted(kernel, source, tmp_p
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [
         f"{earlier} is copied.",
-        f"{tmp_path / 'new' / 'output'} holds 1 networks of earlier sessions",
+        f"{tmp_path / 'new' / 'output'} holds 1 networks so far",
     ]
 
 
