@@ -140,7 +140,7 @@ def run_cells(kernel, until, **parameters):
     variables = dict(vars(kernel))
     for cell in CELLS[: CELLS.index(f"# ## {until}\n")].split("\n# %%")[1:]:
         head, _, body = cell.partition("\n")
-        if "[markdown]" not in head and "plt.show()" not in body:
+        if "[markdown]" not in head and "show(" not in body:
             nodes = [node for node in ast.parse(body).body if not is_definition(node)]
             exec(compile(ast.Module(nodes, []), "kernel.py", "exec"), variables)
         if "parameters" in head:

@@ -319,3 +319,23 @@ def test_no_more_examples_are_read_at_once_than_there_are_processors(
     images, _ = collect(batches)
     assert images[:, 0, 0, 0].tolist() == list(range(12)) and len(most) == 12
     assert max(most) <= processors
+
+
+@pytest.mark.parametrize(
+    ("transform", "given"),
+    [
+        (albumentations.Transpose(p=1), [(160, 96, 3, "uint8"), (160, 96, "uint8")]),
+        (albumentations.RandomCrop(64, 96, p=1), [(64, 96, 3, "uint8"), (64, 96, "uint8")]),
+        (albumentations.Normalize(p=1), [(96, 160, 3, "float32"), (96, 160, "uint8")]),
+    ],
+)
+def test_an_augmentation_that_changes_shape_or_type_is_refused_in_a_line(
+    kernel, tiny, pictures, monkeypatch, transform, given
+):
+    both = albumentations.Compose([albumentations.HorizontalFlip(), transform])
+    monkeypatch.setattr(kernel, "make_augmentation", lambda config, draw: both)
+    needed = [(96, 160, 3, "uint8"), (96, 160, "uint8")]
+    with pytest.raises(ValueError) as error:
+        kernel.load_example(tiny, pictures.iloc[0], SIZE, 1)
+    names = f"HorizontalFlip, {type(transform).__name__}"
+    assert str(error.value) == f"One of {names} turns image and mask of {needed} into {given}."

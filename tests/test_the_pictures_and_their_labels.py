@@ -19,6 +19,7 @@ from conftest import CELLS, FIRST, IMAGE, ROOT, add_mark, change, turn_line_ends
 from hypothesis import event, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from matplotlib.colors import to_hex
 from PIL import Image
 
 # Encodings
@@ -205,8 +206,7 @@ def test_input_is_found_at_each_mount_point_newest_first(kernel, tmp_path):
     assert kernel.find_input(None, mount, True) == mount / "link" / "clouds"
     deep = make_input(mount / "datasets" / "someone" / "clouds")
     assert kernel.find_input(None, mount, True) == deep
-    former = make_input(mount / "understanding_cloud_organization")
-    assert kernel.find_input(None, mount, True) == former
+    make_input(mount / "understanding_cloud_organization")
     present = make_input(mount / "competitions" / "understanding_cloud_organization")
     for on_kaggle in (True, False):
         assert kernel.find_input(None, mount, on_kaggle) == present
@@ -214,14 +214,14 @@ def test_input_is_found_at_each_mount_point_newest_first(kernel, tmp_path):
 
 
 def test_missing_input_names_all_places_and_how_to_attach_it(kernel, tmp_path):
-    competition = "understanding_cloud_organization"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "train.csv").touch()
-    ways = "Add Input.*accept its rules.*unzip it and set input_folder"
+    ways = "Add Input' and accept the rules; else unzip it and set input_folder"
     with pytest.raises(FileNotFoundError, match=ways) as error:
         kernel.find_input(None, tmp_path, True)
-    for place in (f"competitions/{competition}", competition):
-        assert f"{tmp_path / place} has no train.csv, train_images, sample_sub" in str(error.value)
+    assert f"{tmp_path} has no train.csv, train_images, sample_sub" in str(error.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.csv").touch()
+    with pytest.raises(FileNotFoundError, match=ways) as error:
+        kernel.find_input(None, tmp_path, True)
     assert f"{tmp_path / 'other'} has no train_images, sample_submission" in str(error.value)
     assert "tests/sample" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="elsewhere has no train.csv, train_images, sample"):
@@ -261,7 +261,7 @@ REFUSED = {
         lambda source: shutil.rmtree(source),
         FileNotFoundError,
         "The competition's data was not found: SOURCE has no train.csv, train_images, "
-        "sample_submission.csv, test_images; on Kaggle, choose 'Add Input', understanding_cloud",
+        "sample_submission.csv, test_images; on Kaggle, choose 'Add Input' and accept the rules",
     ),
     "train.csv missing": (
         lambda source: (source / "train.csv").unlink(),
@@ -328,6 +328,21 @@ REFUSED = {
         lambda source: change(source / "train.csv", b"EncodedPixels", b"rle"),
         ValueError,
         "SOURCE/train.csv has the columns ['Image_Label', 'rle']; expected: ['Image_Label', 'Enc",
+    ),
+    "more columns": (
+        lambda source: change(source / "train.csv", b"Pixels\n", b"Pixels,c,d,e\n"),
+        ValueError,
+        "SOURCE/train.csv has the columns ['Image_Label', 'EncodedPixels', 'c', 'd', 'e']; exp",
+    ),
+    "more cells": (
+        set_first(f"{FIRST},1 2,3"),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {FIRST}: there are not two cells.",
+    ),
+    "a cell that a spreadsheet cut": (
+        set_first(f"{FIRST},{' '.join(f'{n} 1' for n in range(1, 99999, 2))[:32767]}"),
+        ValueError,
+        f"SOURCE/train.csv, line 2, {FIRST}: the encoding was cut by a spreadsheet.",
     ),
     "not text": (
         lambda source: change(source / "train.csv", b"_Fish", b"_\xff"),
@@ -463,15 +478,12 @@ def test_what_shows_without_training_is_refused_and_nothing_is_lost(name, source
     assert shown.startswith(message)
 
 
-def test_other_files_are_not_used_but_told(source, begin, warnings):
+def test_other_files_are_not_used(source, begin, warnings):
     for folder in ("train_images", "test_images"):
         shutil.copy(source / "train_images" / IMAGE, source / folder / "other.jpg")
     (source / "test_images" / "Thumbs.db").write_text("text")
-    begin()
-    assert list(warnings.values()) == [
-        f"{source}/train_images has 1 more files, which no row names.",
-        f"{source}/test_images has 2 more files, which no row names.",
-    ]
+    found = begin()
+    assert (len(found["pictures"]), len(found["test_pictures"])) == (12, 4) and not warnings
 
 
 # Images
@@ -596,13 +608,13 @@ def test_copies_of_another_size_are_used_and_told(
     np.testing.assert_array_equal(before[1], after[1])
     lines = capsys.readouterr().out.splitlines()
     for folder in (source / "train_images", source / "test_images"):
-        assert f"The images in {folder} are copies of {size}." in lines
+        assert f"{folder} has images of {size}" in lines
 
 
 def test_copies_of_several_sizes_are_used_and_warned_of(source, begin, warnings):
     shrink([source / "train_images" / IMAGE], (256, 384))
     assert len(begin()["pictures"]) == 12
-    sizes = f"has images of {[(256, 384), (1400, 2100)]}, used as they are."
+    sizes = "has images of (256, 384), (1400, 2100), used as they are."
     assert list(warnings.values()) == [f"{source / 'train_images'} {sizes}"]
 
 
@@ -616,24 +628,27 @@ def draw(monkeypatch):
 
     def run(variables):
         start = CELLS.index("# ## The pictures and their labels\n")
-        figures = []
         for cell in CELLS[start : CELLS.index("\n# ## ", start)].split("\n# %%"):
-            if "plt.show()" in cell:
+            if "show(" in cell:
                 exec(compile(cell.partition("\n")[2], "kernel.py", "exec"), variables)
-                figures.append(variables["figure"])
-                figures[-1].canvas.draw()
+        figures = [plt.figure(number) for number in plt.get_fignums()]
+        for figure in figures:
+            figure.canvas.draw()
         plt.close("all")
         return figures
 
     return run
 
 
-def test_the_first_figure_shows_a_picture_of_each_class_dimmed_outside_of_its_mask(
+def test_the_first_figure_shows_a_picture_of_each_class_with_the_outline_of_its_mask(
     kernel, begin, draw
 ):
     first, _ = draw(begin(until="Choose"))
     assert [panel.get_title() for panel in first.axes] == kernel.CLASSES
-    assert all(len(panel.images) == 1 for panel in first.axes)
+    for panel, (color, _) in zip(first.axes, kernel.STYLES.values()):
+        assert len(panel.images) == 1
+        (outline,) = panel.collections
+        assert to_hex(outline.get_edgecolor()[0]) == color
 
 
 def test_a_class_without_a_picture_is_warned_of_and_the_figures_are_drawn(
@@ -642,9 +657,13 @@ def test_a_class_without_a_picture_is_warned_of_and_the_figures_are_drawn(
     table = source / "train.csv"
     table.write_text(re.sub("_Fish,.*", "_Fish,", table.read_text()))
     first, _ = draw(begin(until="Choose"))
-    assert [len(panel.images) for panel in first.axes] == [0, 1, 1, 1]
-    assert list(warnings.values()) == ["No picture is labelled with Fish."]
+    assert [panel.get_title() for panel in first.axes if panel.images] == [
+        "Flower",
+        "Gravel",
+        "Sugar",
+    ]
     assert len(begin()["pictures"]) == 12
+    assert list(warnings.values()) == ["No picture is labelled with Fish."]
 
 
 @pytest.mark.parametrize(
@@ -654,12 +673,11 @@ def test_a_class_without_a_picture_is_warned_of_and_the_figures_are_drawn(
 def test_if_all_training_pictures_are_broken_the_run_says_so(
     source, begin, draw, warnings, share, message
 ):
-    """It comes so far that the figures are drawn, without pictures."""
+    """It comes so far that what needs no pictures is drawn."""
     broken = sorted((source / "train_images").iterdir())
     for path in broken:
         path.write_text("text")
-    first, _ = draw(begin(until="Choose"))
-    assert [len(panel.images) for panel in first.axes] == [0] * 4
+    assert len(draw(begin(until="Choose"))) == 1
     with pytest.raises(ValueError, match=f"^{message}") as error:
         begin(broken_share=share)
     told = warnings[f"images in {source / 'train_images'}"]

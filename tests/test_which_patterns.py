@@ -274,7 +274,7 @@ def test_each_update_is_that_of_the_package_keras_rectified_adam(kernel):
 
 # The networks, their sizes and their batches
 
-NAMES = ("members", "parts", "baselines", "own", "classifiers", "unets")
+NAMES = ("members", "parts", "baselines", "starts", "classifiers", "unets")
 
 
 def is_plan(node):
@@ -301,23 +301,9 @@ def plan(kernel, config):
     return {network.kind: replace(network, folder=None) for network in kinds}
 
 
-@pytest.mark.parametrize(
-    ("encoder", "size"),
-    [
-        ("efficientnetb0", (224, 336)),
-        ("efficientnetb1", (240, 360)),
-        ("efficientnetb2", (260, 390)),
-        ("efficientnetb3", (300, 450)),
-        ("efficientnetb4", (380, 570)),
-        ("efficientnetb5", (456, 684)),
-        ((1.0, 1.0), (224, 336)),
-        ((1.0, 1.3), (280, 420)),  # half way from B2 to B3
-        ((0.5, 0.3), (224, 336)),
-    ],
-)
-def test_classifiers_have_their_encoder_s_own_size(kernel, encoder, size):
-    config = kernel.replace(kernel.BEST, encoders=(encoder,))
-    assert kernel.choose_size(config, encoder) == size
+@pytest.mark.parametrize("encoder", ["efficientnetb5", (1.0, 1.3)])
+def test_a_member_is_three_networks_of_an_encoder_and_a_fold(kernel, encoder):
+    config, size = kernel.replace(kernel.BEST, encoders=(encoder,)), (224, 336)
     found = plan(kernel, config)
     assert list(found) == ["baseline", "classifier", "U-Net"]
     assert [network.size for network in found.values()] == [size, size, (1312, 2080)]
@@ -357,7 +343,7 @@ def test_the_largest_batch_that_fits_is_taken(
 
 @pytest.mark.parametrize(
     ("gpus", "batch"),
-    [([], 2), ([15], 2), ([15, 80], 2), ([80, 30], 5), ([8], 1)],
+    [([], 2), ([15], 2), ([15, 80], 2), ([80, 30], 4), ([8], 1)],
 )
 def test_memory_is_that_of_the_smallest_gpu(kernel, monkeypatch, gpus, batch):
     """As TensorFlow says it, in bytes; 15 GiB without one."""
@@ -560,9 +546,10 @@ def test_means_of_the_last_third_s_weights_are_validated_and_kept(
     assert history["val_loss"].idxmin() >= 4
 
 
-def test_a_batch_that_does_not_fit_is_halved_on_one_device(
+def test_a_batch_that_does_not_fit_is_halved(
     kernel, tiny, pictures, tmp_path, monkeypatch, pretend_replicas, capsys
 ):
+    """Until each device has one picture, but not because the disk is full."""
     config, fit, sizes, fitting = kernel.replace(tiny, batch_size=8), tf.keras.Model.fit, [], 2
 
     def fail(model, batches, **options):
@@ -577,13 +564,61 @@ def test_a_batch_that_does_not_fit_is_halved_on_one_device(
     assert "a step of 8 images does not fit into memory" in capsys.readouterr().out
     sizes.clear()
     fitting = 0
-    with pytest.raises(MemoryError, match="Set batch_size to less than 1, or the images' size"):
+    with pytest.raises(MemoryError, match="Choose a smaller encoder, or smaller images"):
         train(kernel, config, pictures, tmp_path / "none")
     assert sizes == [8, 4, 2, 1]
     pretend_replicas(2)
-    with pytest.raises(MemoryError, match="Set batch_size to less than 8, or the images' size"):
+    with pytest.raises(MemoryError, match="Choose a smaller encoder, or smaller images"):
         train(kernel, config, pictures, tmp_path / "several")
-    assert sizes[4:] == [8]
+    assert sizes[4:] == [8, 4, 2]
+
+
+def exhausting_loss(config, planes, probabilities):
+    """The loss, but for more than two pictures on a device with an array that no memory holds."""
+    count = tf.where(tf.shape(planes)[0] > 2, 10**13, 1)
+    nothing = 0 * tf.reduce_sum(tf.random.uniform([count]))
+    return KERNEL.unet_loss(config, planes, probabilities) + nothing
+
+
+def exhaust_two(sample, output):
+    """Train on two devices, on which a batch of four fits but none of eight."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    tf.distribute.experimental_set_strategy(strategy)
+    pictures, own = read_pictures(KERNEL, Path(sample)), {"image_size": (64, 96), "batch_size": 16}
+    own |= {"precision": "float32", "hours": 1000.0, "folds": 2, "held_out": (1,), "epochs": 2}
+    config = KERNEL.replace(KERNEL.SAMPLE, **own)
+    network, history = train(KERNEL, config, pictures, Path(output), loss=exhausting_loss)
+    assert network.batch_size == 4 and len(history) == 2 and history.notna().all(axis=None)
+
+
+def test_a_batch_that_does_not_fit_is_halved_on_two_devices_too(sample, tmp_path):
+    done = call_apart(exhaust_two, sample, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for images in (16, 8):
+        assert f"a step of {images} images does not fit into memory" in done.stdout
+
+
+def test_a_disk_that_is_too_small_is_named_before_and_after(
+    kernel, tiny, pictures, tmp_path, monkeypatch
+):
+    """TensorFlow tells of a full disk as it does of memory; the batch stays as it is."""
+    free, sizes = 10**9, []
+    usage = types.SimpleNamespace
+
+    def fail(model, batches, **options):
+        nonlocal free
+        sizes.append(batches.element_spec[0].shape[0])
+        free = 100
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(kernel.shutil, "disk_usage", lambda path: usage(free=free))
+    monkeypatch.setattr(tf.keras.Model, "fit", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"members/.*U-Net-\w+ has 0 MB free; .* needs 0\.$"):
+            train(kernel, tiny, pictures, tmp_path)
+    assert sizes == [2]
 
 
 # Ends before its time
@@ -1005,9 +1040,7 @@ def unet_loss(config, planes, probabilities):
     return 2 * KERNEL.unet_loss(config, planes, probabilities)
 
 
-def test_a_network_of_other_code_is_not_taken_over_unless_it_is_wished(
-    kernel, tiny, pictures, tmp_path, monkeypatch, capsys, warnings
-):
+def test_a_network_of_other_code_is_not_taken_over(kernel, tiny, pictures, tmp_path, capsys):
     """The loss is edited while the notebook runs."""
     network, _ = train(kernel, tiny, pictures, tmp_path)
     capsys.readouterr()
@@ -1019,14 +1052,6 @@ def test_a_network_of_other_code_is_not_taken_over_unless_it_is_wished(
     assert history["val_loss"].item() == pytest.approx(measured, rel=1e-5)
     same = replace(other, loss=kernel.unet_loss)
     assert measure(kernel, tiny, same, pictures)[0] == pytest.approx(measured / 2, rel=1e-5)
-    shutil.rmtree(other.folder)
-    monkeypatch.setattr(kernel.tf.keras.Model, "fit", None)
-    wished = kernel.replace(tiny, other_code=True)
-    taken, _ = train(kernel, wished, pictures, tmp_path, loss=unet_loss)
-    assert taken.folder == network.folder
-    assert_equal(taken.model.get_weights(), network.model.get_weights())
-    (warning,) = warnings.values()
-    assert warning == f"{network.folder} is taken over, with other code of unet_loss."
 
 
 def edit(function):
@@ -1072,8 +1097,7 @@ def test_another_training_begins_anew_and_says_why(
     kernel, tiny, pictures, tmp_path, capsys, change, named
 ):
     network, _ = train(kernel, tiny, pictures, tmp_path)
-    wished = kernel.replace(tiny, other_code=True, **change)  # it is not only the code
-    other = choose(kernel, wished, pictures, tmp_path, build=build_small)
+    other = choose(kernel, kernel.replace(tiny, **change), pictures, tmp_path, build=build_small)
     assert other != network.folder and not (other / "weights.h5").exists()
     found = capsys.readouterr().out.rpartition(f"{network.folder} is not used: other ")[2].strip()
     assert ", ".join(sorted(found.split(", "))) == named
@@ -1119,8 +1143,7 @@ def test_folders_without_whole_settings_are_passed_over(kernel, tiny, pictures, 
         folder.mkdir(parents=True)
         if content is not None:
             (folder / "settings.json").write_bytes(content)
-    wished = kernel.replace(tiny, other_code=True)
-    second = choose(kernel, wished, pictures, tmp_path / "b")
+    second = choose(kernel, tiny, pictures, tmp_path / "b")
     assert second.name == first.name
     shutil.rmtree(second)
     second.mkdir()  # as a kill may leave it

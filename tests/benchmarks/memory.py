@@ -2,7 +2,7 @@
 
 PYTHONPATH=tests python tests/benchmarks/memory.py [ENCODER ...]
 
-The numbers are those of SCALES in the notebook. Each comes from the peak memory of two processes,
+From the numbers choose_batch_size plans. Each comes from the peak memory of two processes,
 in float32 and in bfloat16, which do the same step with few and with more images: their difference
 is what the images take. The weights and TensorFlow's graph are in neither.
 """
