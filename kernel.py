@@ -1387,15 +1387,15 @@ def predict_presence(classifier, pictures):
 
 
 def find_points(truth, probability, recall):
-    """The two points on a class's precision-recall curve.
+    """Two points of a class's precision-recall curve: threshold, precision and recall of each.
 
-    The threshold and the precision where the recall is at least `recall`, and the recall where the
-    precision is at least .90: nan where there is none.
+    That of the highest threshold at which the recall is at least `recall`, and that of the lowest
+    at which the precision is at least .90: nan where there is none.
     """
     precisions, recalls, thresholds = metrics.precision_recall_curve(truth, probability)
-    last = np.flatnonzero(recalls[:-1] >= recall)[-1]  # the thresholds ascend
-    precise = recalls[:-1][precisions[:-1] >= 0.9]
-    return thresholds[last], precisions[last], precise.max(initial=0) or np.nan
+    points = np.column_stack([thresholds, precisions[:-1], recalls[:-1]])  # thresholds ascend
+    precise = points[points[:, 1] >= 0.9]
+    return points[points[:, 2] >= recall][-1], precise[0] if len(precise) else np.full(3, np.nan)
 
 
 judged = {}  # the probabilities by each classifier
@@ -1408,9 +1408,9 @@ print(f"{len(presence):,} held-out pictures, each judged by what has not seen it
 # %%
 figure, panels = plt.subplots(1, 4, figsize=(13, 3.7), layout="constrained")
 for axes, name in zip(panels, truth.columns[truth.any()]):
-    _, precision, recall = find_points(truth[name], presence[name], config.gate_recall)
-    axes.plot(config.gate_recall, precision, "kv", label=f"recall {config.gate_recall:.2f}")
-    axes.plot(recall, 0.9, "k>", label="precision 0.90")
+    gate, precise = find_points(truth[name], presence[name], config.gate_recall)
+    axes.plot(gate[2], gate[1], "kv", label=f"recall {config.gate_recall:.2f}")
+    axes.plot(precise[2], precise[1], "k>", label="precision 0.90")
     options = {"name": name, "color": STYLES[name][0], "plot_chance_level": True, "ax": axes}
     metrics.PrecisionRecallDisplay.from_predictions(truth[name], presence[name], **options)
     axes.set(xlabel="recall", ylabel="precision")
@@ -1446,7 +1446,7 @@ for only, name in zip(np.eye(4), CLASSES):
     heat = (
         tf.image.resize(grad_cam(classifier.model, image[None])[0], image.shape[:2]).numpy() @ only
     )
-    image = 0.5 * image / 255 + 0.5 * plt.cm.inferno(heat / heat.max())[..., :3]
+    image = 0.5 * image / 255 + 0.5 * plt.cm.inferno(heat / max(heat.max(), 1e-9))[..., :3]
     examples.append((image, split_planes(plane).numpy() * only, f"Where {name} is seen"))
 show(*zip(*examples), columns=4)
 
@@ -1780,7 +1780,7 @@ print(f"Dice {score_decisions(areas, overlaps, decisions['threshold and area']).
 def use_gate(config, areas, overlaps, presence):
     """A way to decide: use_area, and no mask where the classifier finds the class absent."""
     decide, pairs = use_area(config, areas, overlaps, presence), zip(overlaps[..., 0].T, presence.T)
-    gates = [find_points(t > 0, p, config.gate_recall)[0] if t.any() else 0 for t, p in pairs]
+    gates = [find_points(t > 0, p, config.gate_recall)[0][0] if t.any() else 0 for t, p in pairs]
     return lambda areas, presence: np.where(presence >= gates, decide(areas, presence), EMPTY)
 
 

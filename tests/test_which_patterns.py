@@ -109,16 +109,18 @@ def sources(kernel, monkeypatch):
 def test_attached_weights_win_over_the_package_s_own_which_are_checked(
     kernel, tiny, sources, tmp_path, monkeypatch, network
 ):
-    """Keras's get_file, given a checksum, also compares a file that is there already."""
-    config = kernel.replace(tiny, encoder_weights="imagenet")
+    """Also below links; Keras's get_file, given a checksum, compares a file that is there too."""
+    config, mount = kernel.replace(tiny, encoder_weights="imagenet"), tmp_path / "mount"
+    for folder in (mount / "datasets", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    (mount / "weights").symlink_to(tmp_path / "elsewhere")
     build_part = kernel.build_part
-    monkeypatch.setattr(kernel, "build_part", lambda *args: build_part(*args, mount=tmp_path))
+    monkeypatch.setattr(kernel, "build_part", lambda *args: build_part(*args, mount=mount))
     build = getattr(kernel, network)
     build(config, "efficientnetb0", (64, 96))
     assert sources == [f"downloaded {NAME}"]
-    other = tmp_path / "efficientnet-keras-weights-b0b5" / "efficientnet-b0_imagenet_1000_notop.h5"
-    for path in (other, tmp_path / "datasets" / "someone" / "weights" / NAME):
-        path.parent.mkdir(parents=True)
+    other = mount / "weights" / "efficientnet-b0_imagenet_1000_notop.h5"
+    for path in (other, mount / "datasets" / NAME):
         path.touch()
         build(config, "efficientnetb0", (64, 96))
         assert sources[-1] == str(path)
@@ -1210,16 +1212,17 @@ def test_baseline_trains_the_head_and_fine_tuning_all(kernel, tiny, pictures, tm
 def test_points_of_the_curve_are_those_of_brute_force(kernel, answers, recall):
     truth, probability = np.array([(True, 3), *answers]).T
     probability = probability / 10
-    threshold, precision, precise_recall = kernel.find_points(truth, probability, recall)
+    gate, precise = (list(point) for point in kernel.find_points(truth, probability, recall))
     reached = {
-        level: (recall_score(truth, found), precision_score(truth, found))
+        level: [precision_score(truth, found), recall_score(truth, found)]
         for level in probability
         for found in [probability >= level]
     }
-    assert threshold == max(level for level, point in reached.items() if point[0] >= recall)
-    assert precision == pytest.approx(reached[threshold][1])
-    enough = [point[0] for point in reached.values() if point[1] >= 0.9]
-    assert precise_recall == pytest.approx(max(enough, default=np.nan), nan_ok=True)
+    assert gate[0] == max(level for level, point in reached.items() if point[1] >= recall)
+    assert gate[1:] == pytest.approx(reached[gate[0]])
+    enough = min((level for level, point in reached.items() if point[0] >= 0.9), default=np.nan)
+    expected = [enough, *reached.get(enough, [np.nan] * 2)]
+    assert precise == pytest.approx(expected, nan_ok=True)
 
 
 def build_color_classifier():
