@@ -2,12 +2,13 @@
 
     PYTHONPATH=tests python tests/benchmarks/real.py CLOUDS OUTPUT [--ways best paper popular]
         [--minutes 10] [--seeds 0] [--size 64 96] [--images 500]
-        [--encoder efficientnetb0] [--encoder-weights PATH]
+        [--encoder efficientnetb0] [--encoder-weights PATH [--relu6]] [--fields JSON]
 
 CLOUDS is a folder of the competition's data, or of resized copies, whose test pictures have their
 true rows in test_truth.csv. All train the same encoder for the same time, from random weights or
 from those in a file, on four fifths of the training pictures, or on the first `images` of these.
-The encoder is half as wide and a third as deep as B0, or another by its name or its coefficients.
+The encoder is half as wide and a third as deep as B0, or another by its name or its coefficients;
+with --relu6 its swish is ReLU6. --fields sets single fields of the configuration.
 Minutes are those of one processor core, so that other work beside does not count. Rules learn on
 the last fifth; scored are the test pictures, and those of the last fifth by rules that learned on
 others of them. The ways are
@@ -25,8 +26,13 @@ others of them. The ways are
 - present, half present: best, whose U-Net's loss weighs absent classes by 0.2, by 0.5;
 - batch: best, whose U-Net's Dice loss is of whole batches;
 - longer: best, whose classifier has four times as long;
+- augmented: alone, every copy augmented;
+- more: augmented, with scale, shift, brightness and contrast too;
 - dropout, smoothed, larger: longer, with dropout of 0.3 before the classifier's last layer, with
   labels of 0.05 and 0.95, with pictures of twice the height and width.
+
+"WAY by dice" and "WAY by last" take the U-Net's weights of the highest validation Dice and the last
+ones, of the same training.
 
 Prints for each the Dice by the rule it uses, the average precision of its classifier, and the gain
 over the first way, the mean over the seeds with its 95 % interval. OUTPUT keeps what was trained,
@@ -35,10 +41,12 @@ need another OUTPUT.
 """
 
 import argparse
+import json
 import time
 import types
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -130,6 +138,44 @@ def loss_of_smoothed(config, planes, probabilities):
     return KERNEL.cross_entropy(config, truth, probabilities)
 
 
+def augment_all(count, epoch, seed):
+    """plan_epoch, whose copies are all augmented."""
+    generator = np.random.default_rng((seed, epoch))
+    draws = generator.integers(2**31, size=2 * count)
+    return generator.permutation(np.column_stack([np.tile(np.arange(count), 2), draws]))
+
+
+def augment_more(config, draw):
+    """make_augmentation, with scale, shift, brightness and contrast."""
+    transforms, chance = KERNEL.albumentations, config.augmentation_probability
+    flips = [transforms.HorizontalFlip(p=chance), transforms.VerticalFlip(p=chance)]
+    turn = (-config.rotation_limit, config.rotation_limit)
+    own = {"scale": (0.8, 1.25), "translate_percent": (-0.1, 0.1), "rotate": turn, "p": 0.8}
+    others = transforms.Affine(**own), transforms.GridDistortion(p=0.3)
+    compose = transforms.Compose([*flips, *others, transforms.RandomBrightnessContrast(p=chance)])
+    compose.set_random_state(np.random.default_rng(draw), KERNEL.random.Random(draw))
+    return compose
+
+
+class KeepAll(KERNEL.KeepBest):
+    """Keep the weights of the highest validation Dice and the last ones too."""
+
+    highest = -1
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keep what was validated."""
+        self.model.save_weights(self.folder / "last.h5")
+        if logs.get("val_dice_at_half", -2) > self.highest:
+            self.highest = logs["val_dice_at_half"]
+            self.model.save_weights(self.folder / "dice.h5")
+        super().on_epoch_end(epoch, logs)
+
+
+KERNEL.KeepBest = KeepAll
+PATCHES = {  # of the notebook's functions, in ways that are alone but for them
+    "augmented": {"plan_epoch": augment_all},
+    "more": {"plan_epoch": augment_all, "make_augmentation": augment_more},
+}
 UNETS = {  # what is other in a way's U-Net
     "head": {"build": build_with_head, "loss": loss_with_head, "measure": measure_with_head},
     "present": {"loss": loss_of_present},
@@ -193,19 +239,33 @@ def train_popular(config, unet, pictures, deadline, path):
     return replace(unet, model=model)
 
 
-def train(config, network, pictures, output, end):
-    """A network that is trained until `end`, or as another way has trained it."""
+def train(config, network, pictures, output, end, kept="weights"):
+    """A network that is trained until `end`, or as another way has trained it.
+
+    `kept` names the file of the weights to take.
+    """
     network = replace(network, folder=KERNEL.choose_folder(config, network, pictures, output))
     if not (done := network.folder / "done").exists():
         held_out = (pictures["fold"] == network.fold).sum()
         KERNEL.fit(config, network, pictures, KERNEL.Schedule(config, network, end, held_out))
         done.touch()  # also if the clock has ended it
-    weights = network.folder / "weights.h5"
+    weights = network.folder / f"{kept}.h5"
     return replace(network, model=KERNEL.build_network(config, network, weights))
 
 
 def run(way, seed, args):
-    """Train one way and score it on the held-out and on the test pictures.
+    """Train one way and score it on the held-out and on the test pictures; see run_way."""
+    way, _, kept = way.partition(" by ")
+    if way not in PATCHES:
+        return run_way(way, seed, args, kept or "weights")
+    own = argparse.Namespace(**vars(args) | {"output": args.output / way})
+    (own.output / "members").mkdir(parents=True, exist_ok=True)
+    with mock.patch.multiple(KERNEL, **PATCHES[way]):
+        return run_way("alone", seed, own, kept or "weights")
+
+
+def run_way(way, seed, args, kept):
+    """Train one way, with the notebook as it is now, and score it.
 
     Returns their Dice, and the probabilities and the truth of presence: (pictures, classes) each.
     """
@@ -238,7 +298,7 @@ def run(way, seed, args):
         unet = train_popular(config, unet, pictures, start + whole, path)
     else:
         share = 1 if way in ("paper", "head") else 1 - CLASSIFIER_SHARE
-        unet = train(config, unet, pictures, args.output, start + whole * share)
+        unet = train(config, unet, pictures, args.output, start + whole * share, kept)
     if way == "head":
         maps, found = (tf.keras.Model(unet.model.input, output) for output in unet.model.outputs)
         presence = KERNEL.predict_presence(replace(unet, model=found), judged).to_numpy()
@@ -282,7 +342,12 @@ def main():
     parser.add_argument("--images", type=int)
     parser.add_argument("--encoder", nargs="+", default=ENCODER)
     parser.add_argument("--encoder-weights")
+    parser.add_argument("--relu6", action="store_true")
+    parser.add_argument("--fields", type=json.loads, default={})
     args, scores = parser.parse_args(), {}
+    FIELDS.update(args.fields)
+    if args.relu6:
+        KERNEL.efficientnet.model.get_swish = lambda **modules: tf.nn.relu6
     (args.output / "members").mkdir(parents=True, exist_ok=True)
     for way in args.ways:
         for seed in args.seeds:
