@@ -221,6 +221,7 @@ def test_metadata_is_what_kaggle_reads():
     assert metadata["competition_sources"] == ["understanding_cloud_organization"]
     assert metadata["machine_shape"] in ("NvidiaTeslaT4", "TpuV5E8")
     assert metadata["enable_internet"] is True
+    assert all(isinstance(keyword, str) for keyword in metadata["keywords"])
 
 
 def test_readme_s_test_command_is_the_one_that_is_run():
