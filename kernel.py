@@ -24,7 +24,8 @@
 # boxes around them in satellite pictures. The competition [Understanding Clouds from Satellite
 # Images](https://www.kaggle.com/c/understanding_cloud_organization) asks for the same in pictures
 # whose labels are withheld: four masks per picture, each of which may be empty. A prediction is
-# scored by its mean Dice coefficient over all pairs of a picture and a class.
+# scored by the mean of the Dice coefficient over all pairs of a picture and a class: twice the area
+# that the predicted and the true mask share, over the sum of their areas; 1 where both are empty.
 #
 # This notebook goes from `train.csv` to `submission.csv` along the paper [Classification and
 # understanding of cloud structures via satellite images with
@@ -41,16 +42,18 @@
 # 8. [The submission](#The-submission) and its masks;
 # 9. [Beside the paper](#Beside-the-paper): its three tables and ours.
 #
-# **What it scores.** A small network of this kind, trained from random weights for an hour and a
-# half on one processor core with 3,600 real pictures of 128 x 192, had a Dice of .611 on 500 others
-# (95 % interval .593 to .629), where empty masks have .452. The paper's .6611 on the private
-# leaderboard (.6602 in its text) is of pictures of 1312 x 2080 and ImageNet's weights; the
-# competition was won with .67175.
+# **What it scores.** An earlier version, with a small network that began with random weights, had a
+# Dice of .611 (95 % interval .593 to .629) on 500 real pictures, where empty masks have .452. It
+# had learned from 3,600 others, at 128 x 192, for an hour and a half on one processor core. The
+# paper's network is larger, begins with ImageNet's weights and sees 1312 x 2080 pixels: .6611 on
+# the private leaderboard (.6602 in its text), which was
+# [won](https://www.kaggle.com/c/understanding_cloud_organization/leaderboard) with .67175.
 #
-# **To run it** on Kaggle, add the competition's data, choose an accelerator and run all: a session
-# takes the hours that it is granted, and ends in time. The outputs below are of the sample in
-# `tests/sample`, drawn pictures on which it learns in three minutes without a GPU. You need to know
-# Python and what a convolutional network is. Sizes are always (height, width).
+# **To run it** on Kaggle, add the competition's data, choose an accelerator and run all. It is
+# written to end within the hours that a session is granted, but was not run on Kaggle, a GPU or a
+# TPU yet. The outputs below are of the sample in `tests/sample`, drawn pictures on which it learns
+# in three minutes without a GPU. You need to know Python and what a convolutional network is. Sizes
+# are always (height, width).
 
 # %% [markdown]
 # ## Set up
@@ -82,7 +85,7 @@ def list_pip_calls(environment=os.environ, find_module=util.find_spec):
     there = any(metadata.distributions(name="tensorflow-tpu"))
     if environment.get("ISTPUVM") == "1" and not there:
         calls.append("uninstall --yes tensorflow tensorflow-cpu")
-        calls.append("install tensorflow-tpu==2.19.1 libtpu==0.0.10")  # 2.20 found no TPU
+        calls.append("install tensorflow-tpu==2.19.1 libtpu==0.0.10")  # Kaggle took 2.20 out
         calls.append("install --no-deps tf_keras==2.19.0")
     return calls
 
@@ -350,9 +353,8 @@ if examples:
 present = all_pictures[CLASSES] != ""
 print(f"Of all masks {1 - present.mean(axis=None):.3f} are empty")
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-counts = present.sum(axis=1).value_counts().sort_index()
-left.bar(counts.index, counts)
-left.set(title="Classes in a picture", xlabel="classes", ylabel="pictures", xticks=counts.index)
+options = {"title": "Classes in a picture", "xlabel": "classes", "ylabel": "pictures", "rot": 0}
+present.sum(axis=1).value_counts().sort_index().plot.bar(ax=left, **options)
 together = present.T.to_numpy(int) @ present.to_numpy(int)
 table = metrics.ConfusionMatrixDisplay(together, display_labels=CLASSES)
 table.plot(ax=right, cmap="Blues", colorbar=False)
@@ -368,18 +370,20 @@ plt.show()
 # %% [markdown]
 # ## Choose
 #
-# Everything that can be chosen is a field of `Config`. Where a field is declared says what it
-# shapes: every network, the classifiers, the U-Net, or none, as it only decides what is done with
-# them. The defaults are the paper's: `PAPER`. `BEST` departs from it where there is a reason to,
-# with gains that small networks showed on small copies of real pictures. There it scored .018 more
-# than `PAPER` after the same time, from .013 to .023, and .006 more than the recipe of the
-# competition's popular notebooks, from .001 to .011 (see `tests/benchmarks`). `SAMPLE` is `BEST`
-# cut down until two CPU cores run the whole notebook in minutes.
+# Everything that can be chosen is a field of `Config`. Its parent classes say what a field shapes:
+# every network, the classifiers or the U-Net. Its own fields say which networks there are, how they
+# are run and what is done with them. The defaults are the paper's: `PAPER`. `BEST` departs from it
+# where there is a reason to, with gains that small networks showed on small copies of real
+# pictures. There it scored .018 more than `PAPER` after the same time, from .013 to .023, and .006
+# more than the recipe of the competition's popular notebooks, from .001 to .011 (see
+# `tests/benchmarks`). `SAMPLE` is `BEST` cut down until two CPU cores run the whole notebook in
+# minutes.
 #
-# The paper leaves open the epochs of the U-Net, the probability of each augmentation and the way
-# from probabilities to masks: these are ours. The epochs and the learning rate of the classifier,
-# which we take for the U-Net too, the batch size and `gate_recall` are the authors', from the
-# [notebooks](https://github.com/TashinAhmed/CloudsClassification) that they published beside it.
+# The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
+# from probabilities to masks; these are our choices. From the
+# [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published beside
+# it come the classifier's epochs, the batch size, `gate_recall` and the classifier's learning rate,
+# which we use for the U-Net too.
 
 # %%
 import difflib
@@ -448,8 +452,12 @@ class Config(ClassifierConfig, UNetConfig):
     gate_recall: Share = 0.94  # share of a class's pictures in which the classifier has to find it
     flips: bool = False  # predict each picture and its three mirror images, and take the mean
     decision: Literal["half", "threshold and area", "gated", "expected"] = "threshold and area"
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] | None = None  # None suits
-    hours: Annotated[float, pydantic.Field(ge=1e-3, le=1000)] | None = None  # None is Kaggle's
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] | None = (
+        None  # None is what suits
+    )
+    hours: Annotated[float, pydantic.Field(ge=1e-3, le=1000)] | None = (
+        None  # None: as Kaggle grants
+    )
     image_limit: Count | None = None  # of training and of test pictures, for a first try
     broken_share: Share = 0.01  # of the training pictures that may be left out, if undecodable
 
@@ -557,7 +565,7 @@ config = replace(config, precision=config.precision or precision, hours=hours)
 session_end = STARTED + 3600 * config.hours
 tf.distribute.experimental_set_strategy(strategy)  # from here on, for all networks
 tf.keras.mixed_precision.set_global_policy(config.precision)
-print(f"{strategy.num_replicas_in_sync} devices, {config.precision}, {config.hours} hours")
+print(f"devices: {strategy.num_replicas_in_sync}, {config.precision}, {config.hours} hours")
 
 # %% [markdown]
 # What a session leaves in its output folder, a later one takes up: attach that output, and networks
@@ -574,27 +582,27 @@ def read_history(folder):
     return pd.DataFrame({"loss": [], "val_loss": []})
 
 
-def copy_members(output, earlier=None, mount=Path("/kaggle/input")):
+def copy_networks(output, earlier=None, mount=Path("/kaggle/input")):
     """Copy the networks of the outputs of earlier sessions into the folder `output`.
 
-    `earlier` lists those outputs; None is all that are found below `mount`. Raises
-    FileNotFoundError for a listed folder that has no members.
+    `earlier` lists those outputs; None is all below `mount`. Raises FileNotFoundError for a listed
+    folder that has no networks.
     """
     if earlier is None:
-        found = sorted(glob.glob("**/members", root_dir=mount, recursive=True))
-        earlier = [(mount / path).parent for path in found]
-    members = [Path(folder).expanduser() / "members" for folder in earlier]
-    if lacking := [str(folder.parent) for folder in members if not folder.is_dir()]:
-        raise FileNotFoundError(f"There are no members in {', '.join(lacking)}.")
-    for place in (path.parent for folder in members for path in folder.glob("*/settings.json")):
-        own, part = output / "members" / place.name, output / "part"
-        if not own.exists() or len(read_history(place)) > len(read_history(own)):
+        places = sorted(glob.glob("**/networks", root_dir=mount, recursive=True))
+        earlier = [(mount / place).parent for place in places]
+    folders = [Path(folder).expanduser() / "networks" for folder in earlier]
+    if lacking := [str(folder.parent) for folder in folders if not folder.is_dir()]:
+        raise FileNotFoundError(f"There are no networks in {', '.join(lacking)}.")
+    for place in (path.parent for folder in folders for path in folder.glob("*/settings.json")):
+        target, part = output / "networks" / place.name, output / "part"
+        if not target.exists() or len(read_history(place)) > len(read_history(target)):
             shutil.rmtree(part, ignore_errors=True)
             for file in (path for path in place.rglob("*") if path.is_file()):
                 (part / file.relative_to(place)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, part / file.relative_to(place))
-            shutil.rmtree(own, ignore_errors=True)
-            part.rename(own)  # the whole folder or none, whenever a session is killed
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)  # the whole folder or none, whenever a session is killed
             print(f"{place} is copied.")
 
 
@@ -603,9 +611,9 @@ if set("[]{}*?") & set(str(output)):
     raise ValueError(
         f"TensorFlow cannot save in {output}: it has one of [ ] {{ }} * ? in its name."
     )
-(output / "members").mkdir(parents=True, exist_ok=True)
-copy_members(output, earlier_folders)
-print(f"{output} holds {len([*output.glob('members/*')])} networks so far")
+(output / "networks").mkdir(parents=True, exist_ok=True)
+copy_networks(output, earlier_folders)
+print(f"{output} holds {len([*output.glob('networks/*')])} networks so far")
 
 # %% [markdown]
 # ## Split, augment, batch
@@ -646,8 +654,8 @@ def find_faults(paths):
 
     threads = joblib.Parallel(joblib.cpu_count(), prefer="threads")
     looks = threads(joblib.delayed(look)(path) for path in paths)
-    faults = {name: found for name, found in zip(paths.index, looks) if isinstance(found, str)}
-    sizes = sorted({found for found in looks if not isinstance(found, str)})
+    faults = {name: result for name, result in zip(paths.index, looks) if isinstance(result, str)}
+    sizes = sorted({result for result in looks if not isinstance(result, str)})
     text = f"{folder} has images of {', '.join(map(str, sizes[:3]))}"
     warn(f"sizes in {folder}", f"{text}, used as they are.") if len(sizes) > 1 else print(text)
     if faults:
@@ -799,7 +807,7 @@ def make_dataset(load, examples, batch_size, shapes):
         return tuple(map(tf.ensure_shape, arrays, shapes))
 
     dataset = tf.data.Dataset.from_generator(examples, output_signature=tf.TensorSpec(2, tf.int64))
-    dataset = dataset.map(load_in_graph, joblib.cpu_count())  # AUTOTUNE runs ahead
+    dataset = dataset.map(load_in_graph, joblib.cpu_count())  # AUTOTUNE would load more
     return dataset.batch(batch_size, drop_remainder=True).prefetch(2)
 
 
@@ -884,7 +892,9 @@ import segmentation_models
 from scipy import special, stats
 from sklearn import isotonic, linear_model, model_selection
 
-efficientnet.model.get_swish = lambda **modules: tf.nn.swish  # theirs keeps two maps, this one
+efficientnet.model.get_swish = lambda **modules: (
+    tf.nn.swish
+)  # theirs keeps two maps for the gradient
 tf.get_logger().setLevel("ERROR")  # no warning that a further network has a graph of its own
 
 
@@ -928,13 +938,13 @@ def build_part(config, encoder, size, build, mount=Path("/kaggle/input")):
 
 # %% [markdown]
 # The **classifier** averages the encoder's last map over the image and gives each class a
-# probability. Its loss is the cross-entropy: of its softmax with a 1 for each class in the image,
-# as the paper has it, or of each class's sigmoid.
+# probability, by softmax or by sigmoids. Its loss is the cross-entropy: with softmax, as in the
+# paper, minus the sum of the logarithms of the probabilities of all classes in the picture; with
+# sigmoids, the mean over four yes-or-no questions.
 #
 # *Accuracy* is the share of right answers to "is the class in the picture?", over all pictures and
-# all four classes. A class counts as found at a probability of 1/2 or more. A softmax has to divide
-# its 1 among all classes in the picture, so there we ask for 1/4, the share of each if it knew
-# nothing.
+# all four classes. A sigmoid says yes at 1/2 or more. Softmax has to divide a total of 1 among all
+# classes in the picture, so there yes begins at 1/4, each class's share if nothing is known.
 
 
 # %%
@@ -972,8 +982,8 @@ def classifier_loss(config, planes, probabilities):
 def accuracy(config, planes, probabilities):
     """The share of the classes whose presence is told rightly, for each picture."""
     present = tf.reduce_any(split_planes(planes) > 0, axis=(1, 2))
-    found = probabilities >= (1 / len(CLASSES) if config.activation == "softmax" else 1 / 2)
-    return tf.reduce_mean(tf.cast(found == present, tf.float32), axis=-1)
+    answers = probabilities >= (1 / len(CLASSES) if config.activation == "softmax" else 1 / 2)
+    return tf.reduce_mean(tf.cast(answers == present, tf.float32), axis=-1)
 
 
 small = build_classifier(config, config.encoders[0], (128, 192))
@@ -982,12 +992,15 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 # %% [markdown]
 # ### Training
 #
-# A *member* is an encoder trained on all folds but one: three networks, each with a folder of its
-# own below `members`. The *baseline* is the classifier with the encoder frozen as it came, in
-# `PAPER` and `BEST` from ImageNet; the *classifier* goes on from there with all of its weights; the
-# *U-Net* is the next chapter's. A step takes as many pictures as fit into memory, which grows with
-# their pixels and with the encoder's depth: for a million pixels a U-Net of B0 needed 3 GiB on a
-# CPU, and in 16 bits little more than half of that.
+# A *member* is a pair of an encoder and a held-out fold. It has three networks, trained on the
+# other folds, each with a folder of its own below `networks`. The *baseline* is the classifier with
+# the encoder frozen as it came, in `PAPER` and `BEST` from ImageNet; the *classifier* goes on from
+# there with all of its weights; the *U-Net* follows in [Where?](#Where?).
+#
+# A step takes as many pictures as fit into memory, which grows with their pixels and with the
+# encoder's depth: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
+# more than half of that. So the paper's batch of 32 has no room: by this estimate a GPU of 15 GiB
+# takes 2 pictures of 1312 x 2080 in a step of B0.
 
 # %%
 import zlib
@@ -1038,9 +1051,9 @@ def choose_batch_size(config, network, memory=None):
 # %% [markdown]
 # Beside a network's weights stands what shaped it, in `settings.json`: its fields of the
 # configuration, a checksum of the pictures' folds and labels, and the source text of five
-# functions, the network's and its loss, `build_part`, `make_augmentation` and `learning_rate`. If
-# one of them is edited, its network is trained anew as soon as its training cell runs again; edits
-# elsewhere are not watched.
+# functions: the one that builds the network, its loss, `build_part`, `make_augmentation` and
+# `learning_rate`. If one of these changes, the network is trained anew when its training cell runs
+# again. Changes elsewhere are not noticed.
 
 
 # %%
@@ -1064,7 +1077,7 @@ def choose_folder(config, network, pictures, output):
     text = json.dumps(settings, indent=2, sort_keys=True)
     settings = json.loads(text)  # as the file has them
     name = f"{name_encoder(network.encoder)}-fold{network.fold}-{network.kind}"
-    folder = output / "members" / f"{name}-{zlib.crc32(text.encode()):08x}"
+    folder = output / "networks" / f"{name}-{zlib.crc32(text.encode()):08x}"
     others = [] if len(read_history(folder)) else folder.parent.glob(f"{name}-????????")
     for path in sorted(path for path in others if path != folder):
         with contextlib.suppress(OSError, ValueError, TypeError):  # no settings, or not whole
@@ -1098,8 +1111,9 @@ for shape in (BaselineConfig, ClassifierConfig, UNetConfig):
     print(f"{shape.__name__}:", *(field.name for field in fields(shape)))
 
 # %% [markdown]
-# As many steps are done as are configured, or as fit into the time. A callback measures their pace
-# and sets the rate by the progress, so that it is at its lowest in the last one.
+# A training ends after the configured epochs, or earlier if the time is short. A callback measures
+# how long a step takes, foresees the last step, and lowers the learning rate so that it is lowest
+# there.
 #
 # The weights of the lowest validation loss are kept. With `averaging`, what is validated and kept
 # in the last third of a training are the means of its weights, batch normalisation's included.
@@ -1164,8 +1178,7 @@ class Schedule(tf.keras.callbacks.Callback):
 class KeepBest(tf.keras.callbacks.Callback):
     """Keep the weights of the lowest validation loss in a network's folder, whole at any time.
 
-    With `averaging`, what is validated and kept in the last third of a training are the means of
-    its weights, taken ten times an epoch. If a session ends there, the next one begins them anew.
+    The means are taken ten times an epoch. If a session ends there, the next one begins them anew.
     """
 
     def __init__(self, network, schedule, averaging):
@@ -1187,7 +1200,7 @@ class KeepBest(tf.keras.callbacks.Callback):
             self.means = [m + (w - m) / self.count for m, w in zip(self.means or new, new)]
 
     def on_test_begin(self, logs=None):
-        """Validate what is kept: the means, or what is the mean over replicas anyway."""
+        """Validate the means, or else weights that are the same on all replicas."""
         self.weights = self.model.get_weights()
         self.model.set_weights(self.means or self.weights)
 
@@ -1205,13 +1218,12 @@ class KeepBest(tf.keras.callbacks.Callback):
 
 
 # %% [markdown]
-# [Rectified Adam](https://arxiv.org/abs/1908.03265) is Adam that waits until it has seen enough
-# gradients to trust their spread: a factor on its rate, which depends on the step alone. The rate
-# without it rises for the first tenth of a training and then falls to a hundredth of its height,
-# which follows the square root of the batch, as is [right](https://arxiv.org/abs/2205.10287) for
-# optimisers like Adam. Together they rise for longer, and in a short training stay far below it.
-# `keras-rectified-adam` computes the same, but for the first five steps, with some sixty operations
-# for each array of weights.
+# [Rectified Adam](https://arxiv.org/abs/1908.03265) is Adam whose rate starts near 0 and grows as
+# its estimate of the gradients' spread becomes reliable; this factor depends on the step alone. We
+# multiply it by a schedule, which rises for the first tenth of a training and then falls to a
+# hundredth of the highest rate. The highest rate grows with the square root of the batch size, as
+# is [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam. In a short training the
+# product stays far below it: in one of 2,000 steps it reaches .4 of it.
 
 
 # %%
@@ -1326,10 +1338,8 @@ end = time.monotonic() + (session_end - time.monotonic()) / 10
 baselines = train(config, baselines, pictures, output, end)
 
 # %% tags=["nbval-ignore-output"]
-parts = ClassifierConfig, config.classifier_size, config.classifier_epochs
-parts += build_classifier, classifier_loss, accuracy
-starts = [(b.encoder, b.fold, *parts, b.folder / "weights.h5") for b in baselines]
-classifiers = [Network("classifier", *start) for start in starts]
+changes = {"kind": "classifier", "shape": ClassifierConfig, "epochs": config.classifier_epochs}
+classifiers = [replace(b, start=b.folder / "weights.h5", **changes) for b in baselines]
 end = time.monotonic() + (session_end - time.monotonic()) / 5
 classifiers = train(config, classifiers, pictures, output, end)
 
@@ -1352,9 +1362,9 @@ def plot_histories(trained):
 plot_histories(classifiers)
 
 # %% [markdown]
-# The weights of the lowest validation loss are kept, at the dot. As long as both losses fall, more
-# epochs help. Where the validation loss turns up while the training loss goes on falling, the
-# network learns the training pictures by heart.
+# The dot marks the epoch whose weights are kept. As long as both losses fall, more epochs help.
+# Where the validation loss turns up while the training loss goes on falling, the network learns the
+# training pictures by heart.
 #
 # The accuracies of the kept weights on the held-out pictures, whose mean over the folds is the
 # paper's mean validation accuracy, as we read it:
@@ -1371,19 +1381,19 @@ accuracies.round(4)
 # From here on all held-out pictures are looked at together. Each is judged by the classifiers that
 # were not trained on it; of several encoders the mean counts.
 #
-# Below are the precision-recall curves (the paper's Fig. 6). The authors' notebook marks two points
-# on each: the highest threshold that finds .94 of the pictures with the class (`gate_recall`),
-# below which a mask is dropped later, and the lowest threshold at which .90 of the finds are right.
-# At them, the paper has the highest precision for Sugar, .74, and the lowest for Fish, .55; the
-# highest recall for Flower, .49, and the lowest for Fish, .22.
+# Below are the precision-recall curves (the paper's Fig. 6), each with two points, as in the
+# authors' notebook. The first, at the highest threshold that finds .94 of the pictures with the
+# class (`gate_recall`), becomes the *gate* of a later section, below which a mask is dropped. Its
+# precision in the paper goes from .55 (Fish) to .74 (Sugar). The second is at the lowest threshold
+# at which .90 of the finds are right. Its recall in the paper goes from .22 (Fish) to .49 (Flower).
 
 
 # %% tags=["nbval-ignore-output"]
 def predict_presence(classifier, pictures):
     """A classifier's probabilities, a row for each of `pictures`, a column for each class."""
     batches = ordered_batches(pictures, classifier.size, classifier.batch_size)
-    found = classifier.model.predict(batches, verbose=0)[: len(pictures)]
-    return pd.DataFrame(found, pictures.index, CLASSES)
+    probabilities = classifier.model.predict(batches, verbose=0)[: len(pictures)]
+    return pd.DataFrame(probabilities, pictures.index, CLASSES)
 
 
 def find_points(truth, probability, recall):
@@ -1443,17 +1453,20 @@ told = judged[classifier.encoder, classifier.fold].where(truth, -1)
 for only, name in zip(np.eye(4), CLASSES):
     picture = pictures.loc[told[name].idxmax()]
     image, plane = load_example(config, picture, classifier.size)
-    heat = (
-        tf.image.resize(grad_cam(classifier.model, image[None])[0], image.shape[:2]).numpy() @ only
-    )
-    image = 0.5 * image / 255 + 0.5 * plt.cm.inferno(heat / max(heat.max(), 1e-9))[..., :3]
-    examples.append((image, split_planes(plane).numpy() * only, f"Where {name} is seen"))
+    heat = grad_cam(classifier.model, image[None])[0].numpy() @ only
+    heat = cv2.resize(heat, image.shape[1::-1]) / max(heat.max(), 1e-9)
+    mask = split_planes(plane).numpy() * only
+    inside = (heat * mask.sum(axis=-1)).sum() / max(heat.sum(), 1e-9)
+    image = 0.5 * image / 255 + 0.5 * plt.cm.inferno(heat)[..., :3]
+    title = f"{name}: {inside:.0%} of heat, {mask.sum() / heat.size:.0%} of picture"
+    examples.append((image, mask, title))
 show(*zip(*examples), columns=4)
 
 # %% [markdown]
 # Heat inside of the outline means that the classifier decides by the clouds that the labellers
-# meant. Heat outside means that it found them elsewhere, or goes by something else. The last maps
-# are 32 times smaller than the picture, so that heat always spreads over the edge.
+# meant. Heat outside means that it found them elsewhere, or goes by something else. The titles say
+# how much of the heat and of the picture is inside. The last maps are 32 times smaller than the
+# picture, so that heat always spreads over the edge.
 
 # %% [markdown]
 # ## Where?
@@ -1556,8 +1569,8 @@ def dice_at_half(config, planes, probabilities):
 
 
 # %% [markdown]
-# The networks share what is left of the session, less the time for all predictions and a tenth of
-# the whole to decide and to write, fifteen minutes at most.
+# The U-Nets share the rest of the session equally. Kept back are the time for all predictions and,
+# to decide and to write, a tenth of the session's hours, but no more than fifteen minutes.
 
 # %% tags=["nbval-ignore-output"]
 predictions = (4 if config.flips else 1) * (len(test_pictures) + len(pictures) // config.folds)
@@ -1599,8 +1612,8 @@ show(*zip((image, masks, "the truth"), *examples), columns=5)
 # A mask is where the map reaches a threshold. What is left to decide is which threshold, and when
 # to predict the empty mask instead: where the class is absent, that scores 1 and a single pixel 0.
 #
-# How many pixels of a map have each of the 256 values, and how many of these are true, is enough to
-# know the Dice of *every* threshold: two cumulative sums give the area and the overlap of each
+# For every threshold the Dice follows from two lists: how many pixels of a map have each of the 256
+# values, and how many of these are true. Their cumulative sums are the area and the overlap of each
 # thresholded mask. The maps themselves are then forgotten.
 
 
@@ -1663,25 +1676,26 @@ def count_validation(predictors, pictures):
 
 # %% tags=["nbval-ignore-output"]
 predictors = [replace(u, model=build_predictor(u.model, config.flips)) for u in unets]
-counts, counted = {}, []  # by member; of the mean of each fold's members
+member_counts, fold_counts, names = {}, [], []
 for fold in sorted({p.fold for p in predictors}):
-    own = [p for p in predictors if p.fold == fold]
-    *several, mean = count_validation(own, pictures[pictures.fold == fold])
-    counts |= {(p.encoder, p.fold): part for p, part in zip(own, several)}
-    counted.append((mean, pictures.index[pictures.fold == fold]))
-areas, overlaps = np.concatenate([mean for mean, _ in counted], axis=1)
-judged_pictures = pictures.loc[np.concatenate([names for _, names in counted])]
-found = presence.loc[judged_pictures.index].to_numpy()
+    others, part = [p for p in predictors if p.fold == fold], pictures[pictures["fold"] == fold]
+    *several, mean = count_validation(others, part)
+    member_counts |= {(p.encoder, p.fold): counts for p, counts in zip(others, several)}
+    fold_counts.append(mean)
+    names.extend(part.index)
+areas, overlaps = np.concatenate(fold_counts, axis=1)
+judged_pictures = pictures.loc[names]
+probabilities = presence.loc[judged_pictures.index].to_numpy()
 
 # %% [markdown]
 # A *decision* is a number for each picture and class: a threshold up to 255, or 256 for the empty
-# mask. A *way to decide* learns from held-out pictures, and returns a rule that takes the areas of
-# a picture's masks and the classifier's probabilities to decisions. A rule that is scored on the
-# pictures it was tuned on looks better than it is: by .004 on 4,016 pictures of a public U-Net, by
-# .013 on 766. So the pictures are dealt into five parts, and the decisions for each part come from
-# rules that learned on the other four. Those for the test pictures learn on all. Where networks of
-# several folds predict a test picture together, their mean is smoother than the maps that the rules
-# learned on; this we do not correct.
+# mask. A *way to decide* learns from held-out pictures and returns a *rule*: a function from the
+# areas of a picture's masks and the classifier's probabilities to decisions. A rule that is scored
+# on the pictures it was tuned on looks better than it is: by .004 on 4,016 pictures of a public
+# U-Net, by .013 on 766. So the pictures are dealt into five parts, and the decisions for each part
+# come from rules that learned on the other four. Those for the test pictures learn on all. Where
+# networks of several folds predict a test picture together, their mean is smoother than the maps
+# that the rules learned on; this we do not correct.
 
 
 # %%
@@ -1735,13 +1749,14 @@ def use_half(config, areas, overlaps, presence):
     return lambda areas, presence: np.full(presence.shape, 128)
 
 
-decisions["half"] = cross_decide(use_half, config, areas, overlaps, found)
+decisions["half"] = cross_decide(use_half, config, areas, overlaps, probabilities)
 print(f"Dice {score_decisions(areas, overlaps, decisions['half']).mean():.4f}")
 
 # %% [markdown]
-# It predicts specks where nothing is, each of which costs a whole point. The second way is the
-# usual one: per class, the threshold and the smallest area to predict that score best, of 255 times
-# 60, all compared at once. Of pairs that score the same we take the one nearest to one half.
+# It predicts specks where nothing is, and a single pixel turns a score of 1 into 0. The second way
+# is the usual one: per class, the threshold and the smallest area that score best, of 255
+# thresholds and 60 areas, all compared at once. Of pairs that score the same we take the one
+# nearest to one half.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1768,7 +1783,7 @@ def use_area(config, areas, overlaps, presence):
     return lambda areas, presence: np.where(areas[:, *chosen] >= least, thresholds, EMPTY)
 
 
-decisions["threshold and area"] = cross_decide(use_area, config, areas, overlaps, found)
+decisions["threshold and area"] = cross_decide(use_area, config, areas, overlaps, probabilities)
 print(f"Dice {score_decisions(areas, overlaps, decisions['threshold and area']).mean():.4f}")
 
 # %% [markdown]
@@ -1784,12 +1799,12 @@ def use_gate(config, areas, overlaps, presence):
     return lambda areas, presence: np.where(presence >= gates, decide(areas, presence), EMPTY)
 
 
-decisions["gated"] = cross_decide(use_gate, config, areas, overlaps, found)
+decisions["gated"] = cross_decide(use_gate, config, areas, overlaps, probabilities)
 print(f"Dice {score_decisions(areas, overlaps, decisions['gated']).mean():.4f}")
 
 # %% [markdown]
-# A gate pays where the classifier knows more about presence than the maps do, and costs otherwise.
-# The fourth way weighs the two. It maximises the *expected* Dice coefficient of each mask. Let $P$
+# A gate can pay only where the classifier knows more about presence than the maps do. The fourth
+# way weighs the two. It maximises the *expected* Dice coefficient of each mask. Let $P$
 # be the probability that the picture holds the class, and $q(v)$ that a pixel of the value $v$ is
 # true if it does. If $n(v)$ pixels have the value $v$, the mask from the threshold $t$ on has,
 # given presence, about the expected Dice
@@ -1854,7 +1869,7 @@ def use_expectation(config, areas, overlaps, presence):
     return decide
 
 
-decisions["expected"] = cross_decide(use_expectation, config, areas, overlaps, found)
+decisions["expected"] = cross_decide(use_expectation, config, areas, overlaps, probabilities)
 print(f"Dice {score_decisions(areas, overlaps, decisions['expected']).mean():.4f}")
 
 # %% [markdown]
@@ -1877,11 +1892,12 @@ for way in WAYS:
 comparison.round(4).astype(object).where(comparison.notna(), "")
 
 # %% [markdown]
-# On the maps of a public U-Net for 4,016 of the competition's training pictures, which were
-# probably among those that it was trained on, threshold and area scored .652 and the expected Dice
-# .656, a gain of .004 [.0015, .0065]; on 766 of its maps at full size there was none. The truth
-# about presence would have added .14: what is left to gain there is to know which classes are
-# present. On small networks that were trained from nothing on small copies of the pictures (see
+# The sample's 54 pictures are few, as the widths of the intervals show. On the maps of a public
+# U-Net for 4,016 of the competition's training pictures, which were probably among those that it
+# was trained on, threshold and area scored .652 and the expected Dice .656, a gain of .0040 [.0015,
+# .0065]; on 766 pictures it was -.0004 [-.0068, .0060]. With presence known, and the best thresholds
+# for these pictures, .794 would be reached: what is left to gain is mostly to know which classes
+# are present. On small networks that were trained from nothing on small copies of the pictures (see
 # `tests/benchmarks`), with `averaging`, the expected Dice gained .010 [.005, .015].
 #
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
@@ -1889,15 +1905,13 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 
 # %%
 score = pd.Series(scores[config.decision].mean(axis=1), judged_pictures.index).sort_values()
-names = [score.index[-1], score.index[len(score) // 2], score.index[0]]
+names = score.index[[-1, len(score) // 2, 0]]
 decided = pd.DataFrame(decisions[config.decision], judged_pictures.index)
-images, planes, masks = [], [], []
+images, planes = zip(*(load_example(config, pictures.loc[name], SUBMISSION_SIZE) for name in names))
+masks = []
 for name in names:
-    own = [p for p in predictors if p.fold == pictures.loc[name, "fold"]]
-    ((*_, maps),) = predict_maps(own, pictures.loc[[name]])
-    image, plane = load_example(config, pictures.loc[name], SUBMISSION_SIZE)
-    images.append(image)
-    planes.append(plane)
+    others = [p for p in predictors if p.fold == pictures.loc[name, "fold"]]
+    ((*_, maps),) = predict_maps(others, pictures.loc[[name]])
     masks.append(maps >= decided.loc[name].to_numpy())
 titles = ["true masks"] * 3 + [f"predicted, mean Dice {score[name]:.3f}" for name in names]
 show(images * 2, [*split_planes(planes), *masks], titles, columns=3)
@@ -1959,24 +1973,26 @@ def check_submission(path, sample_path):
     """
     table, sample = read_rows(path, SUBMISSION_SIZE), read_rows(sample_path, SUBMISSION_SIZE)
     pairs = itertools.zip_longest(table["Image_Label"], sample["Image_Label"])
-    for line, (found, expected) in enumerate(pairs, start=2):
-        if found != expected:
-            raise ValueError(f"{path}, line {line}: {found}, where {sample_path} has {expected}.")
+    for line, (label, expected) in enumerate(pairs, start=2):
+        if label != expected:
+            raise ValueError(f"{path}, line {line}: {label}, where {sample_path} has {expected}.")
     return table
 
 
 # %% tags=["nbval-ignore-output"]
-decide = WAYS[config.decision](config, areas, overlaps, found)
+decide = WAYS[config.decision](config, areas, overlaps, probabilities)
 several = [predict_presence(classifier, test_pictures) for classifier in classifiers]
-probabilities, end = np.mean(several, axis=0), session_end - min(120, 180 * config.hours)
-rles = predict_rles(predictors, test_pictures, probabilities, decide, end)
+test_presence, end = np.mean(several, axis=0), session_end - min(120, 180 * config.hours)
+rles = predict_rles(predictors, test_pictures, test_presence, decide, end)
 write_submission(rles, sample_path, submission_path)
 
 # %%
 submission = check_submission(submission_path, sample_path)
 print(f"submission.csv passes: {len(submission):,} rows for {len(test_names):,} pictures.")
 written = submission.set_index("Image_Label")["EncodedPixels"]
-print("Its masks are those of the maps:", all(written[label] == rle for label, rle in rles.items()))
+print(
+    "Its masks are the predicted ones:", all(written[label] == rle for label, rle in rles.items())
+)
 
 # %% [markdown]
 # Six test pictures with the masks that the file has for them:
@@ -1992,10 +2008,10 @@ show(*zip(*examples), columns=3)
 # %% [markdown]
 # ## Beside the paper
 #
-# Each member's results, and below the means of each encoder's folds beside the paper's tables. Ours
-# are on held-out pictures, by rules that learned on others, here of the same fold; the epoch whose
-# weights are kept was chosen on them, which makes them a little too high. The leaderboard's scores
-# of ours only Kaggle knows.
+# Each member's results; then the means over each encoder's folds, in one table with the paper's.
+# Ours are on held-out pictures, by rules that learned on others of the same fold. They are a little
+# too high, as the epoch whose weights are kept was chosen on the same pictures. Our scores on the
+# leaderboard are not known.
 
 # %% tags=["nbval-ignore-output"]
 results = []
@@ -2007,9 +2023,9 @@ for unet in unets:
     row = {"encoder": name, "fold": unet.fold, "pictures": len(told)}
     row |= accuracies.loc[name, unet.fold].add_suffix(" accuracy")
     row["average precision"] = metrics.average_precision_score(known, told[known.columns])
-    for way, rule in WAYS.items():
-        decided = cross_decide(rule, config, *counts[member], told.to_numpy())
-        row[f"Dice, {way}"] = score_decisions(*counts[member], decided).mean()
+    for way, learn in WAYS.items():
+        decided = cross_decide(learn, config, *member_counts[member], told.to_numpy())
+        row[f"Dice, {way}"] = score_decisions(*member_counts[member], decided).mean()
     results.append(row)
 results = pd.DataFrame(results).set_index(["encoder", "fold"])
 results.round(4)

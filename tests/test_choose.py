@@ -285,7 +285,7 @@ def test_the_chosen_precision_and_the_strategy_are_set_for_all_networks(begin):
 
 def write_network(output, name, epochs, text="weights"):
     """A network's folder in an output, with a history of some epochs."""
-    folder = output / "members" / name
+    folder = output / "networks" / name
     (folder / "state").mkdir(parents=True)
     rows = "".join(f"{epoch},0.5,0.5\n" for epoch in epochs)
     (folder / "history.csv").write_text(f"epoch,loss,val_loss\n{rows}")
@@ -310,16 +310,16 @@ def test_earlier_outputs_are_found_where_kaggle_mounts_them_or_where_it_is_said(
 
     def copy(earlier, mount=mount):
         shutil.rmtree(now, ignore_errors=True)
-        (now / "members").mkdir(parents=True)
-        kernel.copy_members(now, earlier, mount)
-        return sorted(path.name for path in (now / "members").iterdir())
+        (now / "networks").mkdir(parents=True)
+        kernel.copy_networks(now, earlier, mount)
+        return sorted(path.name for path in (now / "networks").iterdir())
 
     assert copy(None) == ["a", "b"]
     assert copy([str(outputs[0])]) == ["a"] and copy(outputs[1:]) == ["b"]
     monkeypatch.setenv("HOME", str(mount))
     assert copy(["~/my-dataset", outputs[0]]) == ["a", "b"]
     assert copy([]) == copy(None, mount / "none") == []
-    with pytest.raises(FileNotFoundError, match="no members in elsewhere, .*other"):
+    with pytest.raises(FileNotFoundError, match="no networks in elsewhere, .*other"):
         copy([outputs[0], "elsewhere", tmp_path / "other"])
     assert read_files(now) == {}
 
@@ -329,7 +329,7 @@ def test_the_cell_s_earlier_outputs_are_copied_and_counted(kernel, source, tmp_p
     folders = {"input_folder": source, "output_folder": tmp_path / "new" / "output"}
     folders["earlier_folders"] = [str(tmp_path / "earlier")]
     run_cells(kernel, "Split, augment, batch", **folders)
-    assert read_files(tmp_path / "new" / "output" / "members" / "a") == read_files(earlier)
+    assert read_files(tmp_path / "new" / "output" / "networks" / "a") == read_files(earlier)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [
         f"{earlier} is copied.",
@@ -337,19 +337,19 @@ def test_the_cell_s_earlier_outputs_are_copied_and_counted(kernel, source, tmp_p
     ]
 
 
-def test_members_of_earlier_sessions_are_copied_whole_and_once(kernel, tmp_path, capsys):
+def test_networks_of_earlier_sessions_are_copied_whole_and_once(kernel, tmp_path, capsys):
     """Folders without settings are none, and what a killed session has left is no part of them."""
     earlier, now = tmp_path / "earlier", tmp_path / "now"
     networks = [write_network(earlier, name, range(2), text=name) for name in "ab"]
     (write_network(earlier, "c", range(9)) / "settings.json").unlink()
-    (now / "members").mkdir(parents=True)
+    (now / "networks").mkdir(parents=True)
     for name in ("old", "settings.json"):
         (now / "part" / "state" / name).parent.mkdir(parents=True, exist_ok=True)
         (now / "part" / "state" / name).write_text("half")
     for copies in (2, 0):
-        kernel.copy_members(now, [earlier])
+        kernel.copy_networks(now, [earlier])
         assert read_files(now) == {
-            f"members/{network.name}/{name}": content
+            f"networks/{network.name}/{name}": content
             for network in networks
             for name, content in read_files(network).items()
         }
@@ -372,7 +372,7 @@ def die(place, name, number):
     setattr(place, name, count)
 
 die({"shutil": shutil, "Path": Path}[place], name, int(number))
-kernel.copy_members(Path(output), [earlier])
+kernel.copy_networks(Path(output), [earlier])
 """
 
 
@@ -381,18 +381,18 @@ kernel.copy_members(Path(output), [earlier])
 def test_a_half_copy_left_by_a_kill_is_replaced(kernel, tmp_path, own, place, number):
     """Until it is whole, a copy takes no network's name."""
     earlier, now = write_network(tmp_path / "earlier", "a", range(2), text="new"), tmp_path / "now"
-    (now / "members").mkdir(parents=True)
+    (now / "networks").mkdir(parents=True)
     if own:
         write_network(now, "a", own, text="old")
-    before = read_files(now / "members")
+    before = read_files(now / "networks")
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{KILLED}"
     command = [sys.executable, "-c", code, tmp_path / "earlier", now, *place.split("."), number]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert read_files(now / "members") == (before if place == "shutil.copyfile" else {})
+    assert read_files(now / "networks") == (before if place == "shutil.copyfile" else {})
     assert read_files(now / "part")
-    kernel.copy_members(now, [tmp_path / "earlier"])
-    assert read_files(now) == {f"members/a/{k}": v for k, v in read_files(earlier).items()}
+    kernel.copy_networks(now, [tmp_path / "earlier"])
+    assert read_files(now) == {f"networks/a/{k}": v for k, v in read_files(earlier).items()}
 
 
 @pytest.mark.parametrize("own", [None, 1, 9, 10])
@@ -404,11 +404,11 @@ def test_of_several_sessions_the_network_with_the_most_epochs_is_taken(kernel, t
     outputs = [tmp_path / name for name in histories]
     for index, order in enumerate(itertools.permutations(outputs)):
         now = tmp_path / f"now{index}"
-        (now / "members").mkdir(parents=True)
+        (now / "networks").mkdir(parents=True)
         if own:
             write_network(now, "net", range(own), text="own")
-        kernel.copy_members(now, order)
-        taken = now / "members" / "net"
+        kernel.copy_networks(now, order)
+        taken = now / "networks" / "net"
         expected = "own" if own and own >= 9 else "b"
         assert (taken / "weights.h5").read_text() == f"weights.h5 {expected}"
         assert len(kernel.read_history(taken)) == max(own or 0, 9)
@@ -417,44 +417,44 @@ def test_of_several_sessions_the_network_with_the_most_epochs_is_taken(kernel, t
 def test_a_network_without_a_history_is_copied_but_not_over_another(kernel, tmp_path):
     """As one that was killed in its first epoch."""
     now = tmp_path / "now"
-    (now / "members").mkdir(parents=True)
+    (now / "networks").mkdir(parents=True)
     for name, text in (("a", None), ("b", "")):
         history = write_network(tmp_path / name, "net", [], text=name) / "history.csv"
         history.unlink() if text is None else history.write_text(text)
     for _ in range(2):
-        kernel.copy_members(now, [tmp_path / "a", tmp_path / "b"])
-        assert (now / "members" / "net" / "weights.h5").read_text() == "weights.h5 a"
+        kernel.copy_networks(now, [tmp_path / "a", tmp_path / "b"])
+        assert (now / "networks" / "net" / "weights.h5").read_text() == "weights.h5 a"
 
 
 def test_links_below_the_mount_are_followed(kernel, tmp_path):
     """To outputs, to networks and to files; the copies are no links."""
     mount, now = tmp_path / "mount", tmp_path / "now"
-    for folder in (mount / "notebooks", mount / "dataset" / "members", now / "members"):
+    for folder in (mount / "notebooks", mount / "dataset" / "networks", now / "networks"):
         folder.mkdir(parents=True)
     first = write_network(tmp_path / "elsewhere", "a", range(2))
     (mount / "notebooks" / "clouds").symlink_to(tmp_path / "elsewhere")
     second = write_network(tmp_path / "other", "b", range(2))
-    (mount / "dataset" / "members" / "b").symlink_to(second)
+    (mount / "dataset" / "networks" / "b").symlink_to(second)
     (second / "weights.h5").rename(tmp_path / "weights.h5")
     (second / "weights.h5").symlink_to(tmp_path / "weights.h5")
-    kernel.copy_members(now, None, mount)
+    kernel.copy_networks(now, None, mount)
     for folder in (first, second):
-        assert read_files(now / "members" / folder.name) == read_files(folder)
+        assert read_files(now / "networks" / folder.name) == read_files(folder)
     assert not any(path.is_symlink() for path in now.rglob("*"))
 
 
 def test_copies_of_what_may_only_be_read_may_be_written(kernel, tmp_path):
     """Kaggle mounts outputs so; a copy is then trained further, or replaced by a later one."""
     now = tmp_path / "now"
-    (now / "members").mkdir(parents=True)
+    (now / "networks").mkdir(parents=True)
     outputs = [tmp_path / name for name in "ab"]
     for output, epochs in zip(outputs, (2, 3)):
         write_network(output, "net", range(epochs))
         for path in [output, *output.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
     for output in outputs:
-        kernel.copy_members(now, [output])
-        assert read_files(now / "members") == read_files(output / "members")
+        kernel.copy_networks(now, [output])
+        assert read_files(now / "networks") == read_files(output / "networks")
         assert all(path.stat().st_mode & 0o200 for path in [now, *now.rglob("*")])
 
 

@@ -276,7 +276,7 @@ def test_each_update_is_that_of_the_package_keras_rectified_adam(kernel):
 
 # The networks, their sizes and their batches
 
-NAMES = ("members", "parts", "baselines", "starts", "classifiers", "unets")
+NAMES = ("members", "parts", "baselines", "changes", "classifiers", "unets")
 
 
 def is_plan(node):
@@ -375,7 +375,7 @@ def plan_small(kernel, config, **changes):
 
 def train(kernel, config, pictures, output, end=FOREVER, **changes):
     """Train the small network on eight pictures; returns it and its history."""
-    (output / "members").mkdir(parents=True, exist_ok=True)
+    (output / "networks").mkdir(parents=True, exist_ok=True)
     network = plan_small(kernel, config, **changes)
     (trained,) = kernel.train(config, [network], pictures, output, end)
     return trained, kernel.read_history(trained.folder)
@@ -513,7 +513,7 @@ def test_saving_that_is_interrupted_half_way_leaves_the_best_weights_whole(
             network, history = train(kernel, config, pictures, tmp_path)
             measured = measure(kernel, config, network, pictures)[0]
             assert measured == pytest.approx(history["val_loss"].item(), rel=1e-5)
-    (folder,) = (tmp_path / "members").iterdir()
+    (folder,) = (tmp_path / "networks").iterdir()
     assert (folder / "weights.h5").read_bytes() == saved[1] != saved[0]
     network, _ = train(kernel, config, pictures, tmp_path)
     assert_equal(network.model.get_weights(), whole.model.get_weights())
@@ -618,7 +618,7 @@ def test_a_disk_that_is_too_small_is_named_before_and_after(
     monkeypatch.setattr(kernel.shutil, "disk_usage", lambda path: usage(free=free))
     monkeypatch.setattr(tf.keras.Model, "fit", fail)
     for _ in range(2):
-        with pytest.raises(OSError, match=r"members/.*U-Net-\w+ has 0 MB free; .* needs 0\.$"):
+        with pytest.raises(OSError, match=r"networks/.*U-Net-\w+ has 0 MB free; .* needs 0\.$"):
             train(kernel, tiny, pictures, tmp_path)
     assert sizes == [2]
 
@@ -683,7 +683,7 @@ def test_ctrl_c_ends_all_trainings_of_the_cell_and_they_go_on_when_begun_again(
     networks = [plan_small(kernel, config, fold=fold) for fold in (1, 0)]
     for name in ("whole", "interrupted", "interrupted"):
         output = tmp_path / name
-        (output / "members").mkdir(parents=True, exist_ok=True)
+        (output / "networks").mkdir(parents=True, exist_ok=True)
         if name == "interrupted" and name not in found:
             with monkeypatch.context() as patch:
                 steps = interrupt(kernel, patch, 8 + 8 + 3)
@@ -747,7 +747,7 @@ def test_networks_share_the_time_less_that_of_their_predictions(
     """
     config = kernel.replace(tiny, epochs=6)
     networks = [plan_small(kernel, config, fold=fold) for fold in (1, 0)]
-    (tmp_path / "members").mkdir()
+    (tmp_path / "networks").mkdir()
     steps = watch(kernel, monkeypatch, seconds=1.0)
     kernel.train(config, networks, pictures, tmp_path, 40, predictions=8)
     assert [done for done, _, _ in steps] == [*range(1, 18), *range(1, 18)]
@@ -921,8 +921,8 @@ def train_until(sample, output, when, *earlier):
         die(tf.keras.callbacks.BackupAndRestore, "on_epoch_end", 2)
     elif when == "while copying":
         die(shutil, "copyfile", 3)
-    (output / "members").mkdir(parents=True, exist_ok=True)
-    kernel.copy_members(output, [Path(place) for place in earlier])
+    (output / "networks").mkdir(parents=True, exist_ok=True)
+    kernel.copy_networks(output, [Path(place) for place in earlier])
     config, pictures = make_easy(kernel, config, read_pictures(kernel, Path(sample)))
     train(kernel, config, pictures, output)
 
@@ -966,7 +966,7 @@ def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(
     if when == "while copying":
         done = call_apart(train_until, sample, folder, when, killed)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-        assert not list((folder / "members").iterdir())
+        assert not list((folder / "networks").iterdir())
     for path in killed.rglob("*") if elsewhere else []:
         path.chmod(0o555)
     done = call_apart(train_until, sample, folder, "never", *([killed] if elsewhere else []))
@@ -975,7 +975,7 @@ def test_a_killed_training_ends_with_the_weights_of_an_uninterrupted_one(
         path.chmod(0o755)
     known = {"before the state": 2, "in the best weights": 0}.get(when, 1)  # what was written
     assert f"{known} of 3 epochs are done" in done.stdout
-    (first,), (second,) = (list(place.glob("members/*")) for place in (uninterrupted, folder))
+    (first,), (second,) = (list(place.glob("networks/*")) for place in (uninterrupted, folder))
     assert first.name == second.name
     weights = [read_arrays(path / "weights.h5") for path in (first, second)]
     assert len(weights[0]) == 6
@@ -1011,7 +1011,7 @@ def test_a_training_goes_on_with_another_batch_for_all_its_epochs(
 
 def choose(kernel, config, pictures, output, kind="U-Net", **changes):
     """The folder of a network, as the notebook plans it, but changed."""
-    (output / "members").mkdir(parents=True, exist_ok=True)
+    (output / "networks").mkdir(parents=True, exist_ok=True)
     network = replace(plan(kernel, config)[kind], **changes)
     return kernel.choose_folder(config, network, pictures, output)
 
@@ -1141,7 +1141,7 @@ def test_folders_without_whole_settings_are_passed_over(kernel, tiny, pictures, 
     first = choose(kernel, tiny, pictures, tmp_path / "a")
     bad = [None, b"{", b"", b"[]", b"null", b"\xff\xfe"]
     for number, content in enumerate(bad):
-        folder = tmp_path / "b" / "members" / f"{first.name[:-8]}{number:08x}"
+        folder = tmp_path / "b" / "networks" / f"{first.name[:-8]}{number:08x}"
         folder.mkdir(parents=True)
         if content is not None:
             (folder / "settings.json").write_bytes(content)
@@ -1178,7 +1178,7 @@ def test_baseline_trains_the_head_and_fine_tuning_all(kernel, tiny, pictures, tm
     own = {"baseline_epochs": 1, "classifier_epochs": 1, "activation": "softmax"}
     config, found = kernel.replace(tiny, **own), []
     slow = kernel.replace(config, learning_rate=1e-30)
-    (tmp_path / "members").mkdir()
+    (tmp_path / "networks").mkdir()
     for kind, used in (("baseline", config), ("classifier", slow), ("classifier", config)):
         network = plan(kernel, used)[kind]
         if found:

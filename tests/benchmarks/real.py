@@ -259,7 +259,7 @@ def run(way, seed, args):
     if way not in PATCHES:
         return run_way(way, seed, args, kept or "weights")
     own = argparse.Namespace(**vars(args) | {"output": args.output / way})
-    (own.output / "members").mkdir(parents=True, exist_ok=True)
+    (own.output / "networks").mkdir(parents=True, exist_ok=True)
     with mock.patch.multiple(KERNEL, **PATCHES[way]):
         return run_way("alone", seed, own, kept or "weights")
 
@@ -348,7 +348,7 @@ def main():
     FIELDS.update(args.fields)
     if args.relu6:
         KERNEL.efficientnet.model.get_swish = lambda **modules: tf.nn.relu6
-    (args.output / "members").mkdir(parents=True, exist_ok=True)
+    (args.output / "networks").mkdir(parents=True, exist_ok=True)
     for way in args.ways:
         for seed in args.seeds:
             path = args.output / f"{way}-{seed}.npz"
