@@ -112,7 +112,6 @@ import re
 from pathlib import Path
 
 import cv2
-import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -298,49 +297,24 @@ def read_image(path, size):
 
 # %% [markdown]
 # All pictures stand in one table: their names, their files and the encodings of their masks. The
-# first one of each class, with the outline of its mask (the paper's Fig. 1):
+# first one of each class, dimmed outside of the mask (the paper's Fig. 1):
 
 # %%
 labels = read_labels(source / "train.csv")
 all_pictures = labels.assign(path=[source / "train_images" / name for name in labels.index])
 print(f"{len(all_pictures):,} pictures in {source}")
 
-# %% _kg_hide-input=true jupyter={"source_hidden": true}
-STYLES = {"Fish": ("#56b4e9", (6, 0)), "Flower": ("#fe6100", (5, 1))}  # color and dashes,
-STYLES |= {"Gravel": ("#dc267f", (3, 1, 1, 1)), "Sugar": ("#ffd700", (1, 0.7))}  # for all sight
-
-
-def show(images, masks, titles, columns):
-    """Show images of one size with the outlines of their masks, in rows of some columns.
-
-    `masks` (height, width, classes) have a line for each class, which is named below.
-    """
-    height = 13 / columns * images[0].shape[0] / images[0].shape[1] + 0.4  # inches
-    rows = math.ceil(len(images) / columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(13, rows * height), layout="constrained")
-    for axes, image, parts, title in zip(panels.flat, images, masks, titles):
-        axes.imshow(image)
-        for mask, (color, dash) in zip(np.moveaxis(np.asarray(parts), -1, 0), STYLES.values()):
-            if mask.any():
-                edge, style = np.pad(mask[1:-1, 1:-1], 1), [(0, dash)]
-                axes.contour(edge, [0.5], colors=[color], linestyles=style, linewidths=2.5)
-        axes.set(title=title, xticks=[], yticks=[])
-    lines = [plt.Line2D([], [], color=c, dashes=d, lw=2.5) for c, d in STYLES.values()]
-    figure.legend(lines, CLASSES, loc="outside lower center", ncols=4, handlelength=4)
-    plt.show()
-
-
 # %%
-examples = []
-for only, name in zip(np.eye(4), CLASSES):
+figure, panels = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
+for axes, name in zip(panels, CLASSES):
+    axes.set(title=name, xticks=[], yticks=[])
     for picture in all_pictures[all_pictures[name] != ""].itertuples():
-        with contextlib.suppress(ValueError):  # a broken file, of which more below
+        with contextlib.suppress(ValueError):  # a broken file, of which more later
             image = read_image(picture.path, SUBMISSION_SIZE)
             mask = decode_rle(getattr(picture, name), ORIGINAL_SIZE)[2::4, 2::4, None]
-            examples.append((image, mask * only, name))
+            axes.imshow(np.where(mask, image, image // 4))
             break
-if examples:
-    show(*zip(*examples), columns=4)
+plt.show()
 
 # %% [markdown]
 # Masks are unions of boxes, cut by the black band where the satellite did not pass. Fish are
@@ -506,21 +480,18 @@ def choose_config(preset=None, overrides=None, on_kaggle=ON_KAGGLE):
     """
     presets = {"PAPER": PAPER, "BEST": BEST, "SAMPLE": SAMPLE}
     name = ("BEST" if on_kaggle else "SAMPLE") if preset is None else preset
-    if name not in [*presets]:
-        raise ValueError(f"preset is None or one of {[*presets]}, in quotes.")
-    if not isinstance(overrides or {}, dict):
-        raise ValueError(f'overrides is a dictionary, like {{"epochs": 3}}, not {overrides!r}.')
+    if name not in [*presets] or not isinstance(overrides or {}, dict):
+        text = f"preset is one of {[*presets]}, in quotes, or None, and overrides"
+        raise ValueError(f'{text} a dictionary, for example {{"epochs": 3}}.')
     values, wished = asdict(presets[name]), overrides or {}
-    for field in wished.keys() - values:
-        near = difflib.get_close_matches(str(field), values, 1, 0)
-        raise ValueError(
-            f"overrides {overrides}: there is no field {field!r}; nearest is {near[0]}."
-        )
     try:
+        for field in wished.keys() - values:
+            near = difflib.get_close_matches(str(field), values, 1, 0)
+            raise ValueError(f"there is no field {field!r}; nearest is {near[0]}")
         text = json.dumps(values | wished)
         return name, pydantic.TypeAdapter(Config).validate_json(text)
     except (TypeError, ValueError) as error:
-        usual = json.dumps({field: values[field] for field in wished})
+        usual = json.dumps({field: values.get(field) for field in wished})
         raise ValueError(f"overrides {overrides}: {error}. {name} has {usual}.") from None
 
 
@@ -623,6 +594,8 @@ print(f"{output} holds {len([*output.glob('networks/*')])} networks so far")
 # they are, with the masks of `train.csv`. All warnings are repeated at the end.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
+import joblib
+
 WARNINGS = {}  # by what they are about
 
 
@@ -780,6 +753,31 @@ def load_example(config, picture, size, draw=AS_IS):
 # A picture as it is and in five draws, with the outlines of its masks:
 
 
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
+STYLES = {"Fish": ("#56b4e9", (6, 0)), "Flower": ("#fe6100", (5, 1))}  # color and dashes,
+STYLES |= {"Gravel": ("#dc267f", (3, 1, 1, 1)), "Sugar": ("#ffd700", (1, 0.7))}  # for all sight
+
+
+def show(images, masks, titles, columns):
+    """Show images of one size with the outlines of their masks, in rows of some columns.
+
+    `masks` (height, width, classes) have a line for each class, which is named below.
+    """
+    height = 13 / columns * images[0].shape[0] / images[0].shape[1] + 0.4  # inches
+    rows = math.ceil(len(images) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(13, rows * height), layout="constrained")
+    for axes, image, parts, title in zip(panels.flat, images, masks, titles):
+        axes.imshow(image)
+        for mask, (color, dash) in zip(np.moveaxis(np.asarray(parts), -1, 0), STYLES.values()):
+            if mask.any():
+                edge, style = np.pad(mask[1:-1, 1:-1], 1), [(0, dash)]
+                axes.contour(edge, [0.5], colors=[color], linestyles=style, linewidths=2.5)
+        axes.set(title=title, xticks=[], yticks=[])
+    lines = [plt.Line2D([], [], color=c, dashes=d, lw=2.5) for c, d in STYLES.values()]
+    figure.legend(lines, CLASSES, loc="outside lower center", ncols=4, handlelength=4)
+    plt.show()
+
+
 # %%
 picture = pictures.loc[(pictures[CLASSES] != "").sum(axis=1).idxmax()]  # with the most classes
 draws = [AS_IS, 1, 3, 4, 6, 7]
@@ -921,7 +919,8 @@ def build_part(config, encoder, size, build, mount=Path("/kaggle/input")):
         known._models_update[name] = [scaled, efficientnet.model.preprocess_input]
         known._default_feature_layers[name] = known._default_feature_layers["efficientnetb0"]
     try:
-        part = build(name, (*size, 3), weights and os.path.expanduser(weights))
+        weights = weights and os.path.expanduser(weights)
+        part = build(name, input_shape=(*size, 3), weights=weights)
     except Exception as error:  # Keras raises no narrower one if a download fails
         fault = f"{name} cannot be built with encoder_weights {weights}: {error}. ImageNet's are"
         raise ValueError(f"{fault} of B0 to B7, by internet, dataset or ~/.keras/models") from None
@@ -953,12 +952,8 @@ def build_classifier(config, encoder, size):
 
     These are float32 (batch, classes), for "softmax" with a sum of 1.
     """
-
-    def build(name, shape, weights):
-        get_backbone = segmentation_models.Backbones.get_backbone
-        build_encoder = segmentation_models.inject_global_submodules(get_backbone)
-        return build_encoder(name, input_shape=shape, weights=weights, include_top=False)
-
+    build = segmentation_models.inject_global_submodules(segmentation_models.Backbones.get_backbone)
+    build = functools.partial(build, include_top=False)
     layers, (images, maps) = tf.keras.layers, build_part(config, encoder, size, build)
     average = layers.GlobalAveragePooling2D(dtype="float32", name="average")(maps)
     logits = layers.Dense(len(CLASSES), dtype="float32", name="logits")(average)
@@ -1259,10 +1254,9 @@ def fit(config, network, pictures, schedule):
         return
     tf.keras.utils.set_random_seed(config.seed)
     model = build_network(config, network, network.start)
-    free, needed = shutil.disk_usage(network.folder).free, 32 * model.count_params()  # bytes
+    free, needed = shutil.disk_usage(network.folder).free / 1e6, 32e-6 * model.count_params()
     if free < needed:  # for the weights twice, and twice for those with the optimiser's
-        text = f"{network.folder} has {free / 1e6:.0f} MB free; {network} needs {needed / 1e6:.0f}."
-        raise OSError(text)
+        raise OSError(f"{network.folder} has {free:.0f} MB free; {network} needs {needed:.0f}.")
     optimizer = tf.keras.optimizers.legacy.Adam()
     loss, measure = (functools.partial(f, config) for f in (network.loss, network.measure))
     measure = tf.keras.metrics.MeanMetricWrapper(measure, network.measure.__name__)
@@ -1496,10 +1490,10 @@ def build_efficient_unet(config, encoder, size):
     "sigmoid" those of the classes, for "softmax" those of background and classes, which sum to 1.
     """
 
-    def build(name, shape, weights):
+    def build(name, input_shape, weights):
         channels = len(CLASSES) + (config.activation == "softmax")
         options = {"encoder_weights": weights, "classes": channels, "activation": "linear"}
-        return segmentation_models.Unet(name, input_shape=shape, **options)
+        return segmentation_models.Unet(name, input_shape=input_shape, **options)
 
     images, logits = build_part(config, encoder, size, build)
     output = tf.keras.layers.Activation(config.activation, dtype="float32", name="probabilities")
@@ -1895,10 +1889,10 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 # The sample's 54 pictures are few, as the widths of the intervals show. On the maps of a public
 # U-Net for 4,016 of the competition's training pictures, which were probably among those that it
 # was trained on, threshold and area scored .652 and the expected Dice .656, a gain of .0040 [.0015,
-# .0065]; on 766 pictures it was -.0004 [-.0068, .0060]. With presence known, and the best thresholds
-# for these pictures, .794 would be reached: what is left to gain is mostly to know which classes
-# are present. On small networks that were trained from nothing on small copies of the pictures (see
-# `tests/benchmarks`), with `averaging`, the expected Dice gained .010 [.005, .015].
+# .0065]; on 766 pictures it was -.0004 [-.0068, .0060]. With presence known, and the best
+# thresholds for these pictures, .794 would be reached: what is left to gain is mostly to know which
+# classes are present. On small networks that were trained from nothing on small copies of the
+# pictures (see `tests/benchmarks`), with `averaging`, the expected Dice gained .010 [.005, .015].
 #
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
 # masks and with the predicted ones:
