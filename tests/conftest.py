@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
@@ -43,6 +44,7 @@ def load_definitions():
 
 KERNEL = load_definitions()  # before a test imports TensorFlow: it chooses the version of Keras
 ENCODER = (0.5, 0.3)  # coefficients of width and depth of a small one
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background else
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=300)
 settings.register_profile("deep", derandomize=True, deadline=None, max_examples=5000)
 settings.load_profile("quick")  # pytest --hypothesis-profile deep takes the other

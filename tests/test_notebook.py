@@ -5,6 +5,7 @@ import base64
 import builtins
 import copy
 import dis
+import functools
 import itertools
 import json
 import os
@@ -228,6 +229,19 @@ def test_readme_s_test_command_is_the_one_that_is_run():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "pytest --nbval kernel.ipynb tests" in readme
     assert "README.md" in script
+
+
+def test_what_the_readme_says_to_change_can_be_changed(kernel):
+    """Word for word: a preset, overrides, or the name of something that is defined."""
+    table = (ROOT / "README.md").read_text().partition("| to have | change |")[2].split("\n\n")[0]
+    codes = re.findall("`(.+?)`", table)
+    assert len(codes) == len(set(codes)) == 9
+    for code in codes:
+        name, equals, value = code.partition(" = ")
+        if equals:
+            kernel.choose_config(**{"preset": "BEST", name: ast.literal_eval(value)})
+        elif code != "overrides":
+            assert functools.reduce(getattr, code.split("."), kernel)
 
 
 def test_each_section_that_defines_something_has_a_test_file_of_its_name():
