@@ -1298,7 +1298,9 @@ def train(config, networks, pictures, output, end, predictions=0):
             try:
                 fit(config, network, pictures, Schedule(config, network, deadline, afterwards))
                 break
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemError) as error:
+                if not isinstance(error.__cause__ or error, KeyboardInterrupt):  # within C code
+                    raise
                 interrupted = True
                 warn(str(network), f"Interrupted in {network}; networks not begun are left out.")
             except tf.errors.ResourceExhaustedError:

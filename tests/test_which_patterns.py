@@ -712,6 +712,22 @@ def test_if_nothing_was_trained_the_run_ends_with_a_sentence(
         train(kernel, tiny, pictures, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("cause", "error"), [(KeyboardInterrupt(), RuntimeError), (None, SystemError)]
+)
+def test_ctrl_c_within_c_code_is_one_too_but_no_other_fault_is(
+    kernel, tiny, pictures, tmp_path, monkeypatch, cause, error
+):
+    """Python then raises a SystemError from the KeyboardInterrupt."""
+
+    def fail(*arguments, **options):
+        raise SystemError("returned a result with an exception set") from cause
+
+    monkeypatch.setattr(tf.keras.Model, "fit", fail)
+    with pytest.raises(error):
+        train(kernel, tiny, pictures, tmp_path)
+
+
 def test_training_ends_when_its_time_is_over_says_so_and_goes_on_later(
     kernel, tiny, pictures, tmp_path, monkeypatch, warnings
 ):
