@@ -42,10 +42,11 @@
 # 8. [The submission](#The-submission) and its masks;
 # 9. [Beside the paper](#Beside-the-paper): its three tables and ours.
 #
-# **What it scores.** B0, from ImageNet's features (those of EfficientNet-Lite0) and after an epoch
-# on 3,600 real pictures of 128 x 192, 45 minutes of one processor core, had a Dice of .621 (95 %
-# interval .602 to .638) on 500 others, where empty masks have .452. The paper's .6611 on the
-# private leaderboard (.6602 in its text) is of pictures of 1312 x 2080; the competition was
+# **What it scores.** B0 with ReLU6 in place of swish, from ImageNet's features (those of
+# EfficientNet-Lite0) and after an epoch on 3,600 real pictures of 128 x 192, 45 minutes of one
+# processor core, had a Dice of .621 (95 % interval .602 to .638) on 500 others, where empty masks
+# have .452. The paper's .6611 on the private leaderboard (.6602 in its text) is of pictures of 1312
+# x 2080; the competition was
 # [won](https://www.kaggle.com/c/understanding_cloud_organization/leaderboard) with .67175.
 #
 # **To run it** on Kaggle, add the competition's data, choose an accelerator and run all. It is
@@ -418,19 +419,18 @@ class UNetConfig(NetworkConfig):
 # %%
 @pydantic.dataclasses.dataclass(frozen=True)
 class Config(ClassifierConfig, UNetConfig):
-    """All choices of a run; a value that is not allowed raises a ValueError."""
+    """All choices of a run; a value that is not allowed raises a ValueError.
+
+    None as precision or hours takes what suits the device, and all that Kaggle grants.
+    """
 
     encoders: tuple[Encoder, ...] = ("efficientnetb0",)  # or coefficients of (width, depth)
     held_out: tuple[int, ...] = (0,)  # folds that are held out, one after the other
     gate_recall: Share = 0.94  # share of a class's pictures in which the classifier has to find it
     flips: bool = False  # predict each picture and its three mirror images, and take the mean
     decision: Literal["half", "threshold and area", "gated", "expected"] = "threshold and area"
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] | None = (
-        None  # None is what suits
-    )
-    hours: Annotated[float, pydantic.Field(ge=1e-3, le=1000)] | None = (
-        None  # None: as Kaggle grants
-    )
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] | None = None
+    hours: Annotated[float, pydantic.Field(ge=1e-3, le=1000)] | None = None  # of the session
     image_limit: Count | None = None  # of training and of test pictures, for a first try
     broken_share: Share = 0.01  # of the training pictures that may be left out, if undecodable
 
@@ -522,7 +522,7 @@ def choose_device(environment=os.environ, on_kaggle=ON_KAGGLE):
         return tf.distribute.TPUStrategy(resolver), "mixed_bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
     hidden = environment.get("CUDA_VISIBLE_DEVICES") == "-1" or not shutil.which("nvidia-smi")
-    if on_kaggle and not (gpus or hidden or subprocess.run("nvidia-smi").returncode):
+    if on_kaggle and not (gpus or hidden or subprocess.getstatusoutput("nvidia-smi")[0]):
         raise RuntimeError(f"TensorFlow does not see the GPU. {change}")
     strategy = tf.distribute.MirroredStrategy() if gpus[1:] else tf.distribute.get_strategy()
     return strategy, "mixed_float16" if gpus else "float32"
@@ -1305,7 +1305,7 @@ def train(config, networks, pictures, output, end, predictions=0):
                 warn(str(network), f"Interrupted in {network}; networks not begun are left out.")
             except tf.errors.ResourceExhaustedError:
                 print(f"{network}: a step of {network.batch_size} images does not fit into memory.")
-                if (half := network.batch_size // 2) % replicas or not half:
+                if not (half := network.batch_size // 2 // replicas * replicas):
                     raise MemoryError("Choose a smaller encoder, or smaller images.") from None
                 network = replace(network, batch_size=half)
         if read_history(network.folder).isna().any(axis=None):
@@ -1505,10 +1505,8 @@ unet = build_efficient_unet(config, config.encoders[0], config.image_size)
 print(f"The U-Net of {name_encoder(config.encoders[0])} has {unet.count_params():,} parameters")
 
 # %% [markdown]
-# The competition's measure is the Dice coefficient of two masks (the paper's eq. 1), twice the area
-# of their overlap over the sum of their areas, and 1 where both are empty. Worked by hand for masks
-# of two pixels and of one: half of the first mask found, nothing of it, a false alarm, and rightly
-# nothing.
+# The Dice coefficient (the paper's eq. 1) worked by hand, for masks of two pixels and of one: half
+# of the first mask found, nothing of it, a false alarm, and rightly nothing.
 
 
 # %%

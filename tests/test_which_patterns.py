@@ -571,8 +571,8 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert sizes == [8, 4, 2, 1]
     pretend_replicas(2)
     with pytest.raises(MemoryError, match="Choose a smaller encoder, or smaller images"):
-        train(kernel, config, pictures, tmp_path / "several")
-    assert sizes[4:] == [8, 4, 2]
+        train(kernel, kernel.replace(config, batch_size=6), pictures, tmp_path / "several")
+    assert sizes[4:] == [6, 2]  # three pictures on each device, then one
 
 
 def exhausting_loss(config, planes, probabilities):
