@@ -45,8 +45,8 @@
 # **What it scores.** B0 with ReLU6 in place of swish, from ImageNet's features (those of
 # EfficientNet-Lite0) and after an epoch on 3,600 real pictures of 128 x 192, 45 minutes of one
 # processor core, had a Dice of .621 (95 % interval .602 to .638) on 500 others, where empty masks
-# have .452. The paper's .6611 on the private leaderboard (.6602 in its text) is of pictures of 1312
-# x 2080; the competition was
+# have .452. The paper's .6611 on the private leaderboard (.6602 in its text) is of pictures of
+# 1312 x 2080. The competition was
 # [won](https://www.kaggle.com/c/understanding_cloud_organization/leaderboard) with .67175.
 #
 # **To run it** on Kaggle, add the competition's data, choose an accelerator and run all. It is
