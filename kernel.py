@@ -1,7 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
-#     cell_metadata_filter: tags,jupyter,_kg_hide-input,-all
+#     cell_metadata_filter: alt,tags,jupyter,_kg_hide-input,-all
 #     formats: ipynb,py:percent
 #     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
@@ -304,7 +304,7 @@ labels = read_labels(source / "train.csv")
 all_pictures = labels.assign(path=[source / "train_images" / name for name in labels.index])
 print(f"{len(all_pictures):,} pictures in {source}")
 
-# %%
+# %% alt="Four satellite pictures, dimmed outside of a mask of Fish, Flower, Gravel and Sugar"
 figure, panels = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
 for axes, name in zip(panels, CLASSES):
     axes.set(title=name, xticks=[], yticks=[])
@@ -323,7 +323,7 @@ plt.show()
 #
 # How many classes are in a picture, and which occur together?
 
-# %%
+# %% alt="Bars: the classes in a picture. A table: the pictures that hold both of two classes"
 present = all_pictures[CLASSES] != ""
 print(f"Of all masks {1 - present.mean(axis=None):.3f} are empty")
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
@@ -354,10 +354,11 @@ plt.show()
 # minutes.
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
-# from probabilities to masks; these are our choices. From the
+# from probabilities to masks; these are our choices. The decoder is as wide as segmentation-models
+# makes it. From the
 # [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published beside
-# it come the classifier's epochs, the batch size, `gate_recall` and the classifier's learning rate,
-# which we use for the U-Net too.
+# the paper come the classifier's epochs, the batch size, `gate_recall` and the classifier's learning
+# rate, which we use for the U-Net too.
 
 # %%
 import difflib
@@ -414,6 +415,7 @@ class UNetConfig(NetworkConfig):
     image_size: tuple[Halved, Halved] = (1312, 2080)  # of its images, in multiples of 32
     epochs: Count = 10  # passes over the training pictures, each as it is and once augmented
     cross_entropy_weight: Share = 0.7  # in its loss, the rest is Dice loss
+    decoder_width: Scale = 1.0  # of its maps, whose channels are 256, 128, 64, 32 and 16 at 1
 
 
 # %%
@@ -453,12 +455,14 @@ BEST = replace(
     activation="sigmoid",  # 60 % of the pictures have pixels of several classes; softmax allows one
     averaging=True,  # single steps are noisy; +.001 of Dice at 64 x 96, +.011 at 128 x 192
     flips=True,  # clouds have no handedness; +.002 of expected Dice, +.010 by threshold and area
+    decoder_width=0.5,  # nine tenths of the operations are there; +.011 at 64 x 96 in equal time
     decision="expected",  # +.010 of Dice over threshold and area; without averaging +.001
 )
 SAMPLE = replace(
     BEST,
     encoders=((0.5, 0.3),),  # half of B0's width and a third of its depth
     encoder_weights=None,  # nothing to download
+    decoder_width=1.0,  # half of it learns the drawn pictures more slowly
     folds=3,  # so that enough pictures are held out to tell the ways to decide apart
     image_size=(64, 96),
     classifier_size=(128, 192),
@@ -777,7 +781,7 @@ def show(images, masks, titles, columns):
     plt.show()
 
 
-# %%
+# %% alt="A picture with outlined masks, as it is, and five flipped, turned or distorted copies"
 picture = pictures.loc[(pictures[CLASSES] != "").sum(axis=1).idxmax()]  # with the most classes
 draws = [AS_IS, 1, 3, 4, 6, 7]
 images, planes = zip(*(load_example(config, picture, SUBMISSION_SIZE, draw) for draw in draws))
@@ -861,7 +865,7 @@ def ordered_batches(pictures, size, batch_size, with_planes=False):
 # %% [markdown]
 # A training batch as a network gets it, here at 128 x 192; about half of it is augmented:
 
-# %%
+# %% alt="Eight pictures of a batch with the outlines of their masks; some are augmented"
 held_out = pictures["fold"] == config.held_out[0]
 images, planes = next(iter(training_batches(config, pictures[~held_out], (128, 192), 8, lambda: 0)))
 show(images.numpy(), split_planes(planes), [""] * 8, columns=4)
@@ -1172,7 +1176,8 @@ class Schedule(tf.keras.callbacks.Callback):
 class KeepBest(tf.keras.callbacks.Callback):
     """Keep the weights of the lowest validation loss in a network's folder, whole at any time.
 
-    The means are taken ten times an epoch. If a session ends there, the next one begins them anew.
+    The means are taken ten times an epoch, and at a training's end. If a session ends before, the
+    next one begins them anew.
     """
 
     def __init__(self, network, schedule, averaging):
@@ -1189,7 +1194,8 @@ class KeepBest(tf.keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         """Take the weights into their means."""
         done, often = self.schedule.done, max(1, self.params["steps"] // 10)
-        if self.averaging and done > 2 / 3 * self.schedule.planned and done % often == 0:
+        due = done % often == 0 or self.model.stop_training  # so that what is validated is new
+        if self.averaging and due and done > 2 / 3 * self.schedule.planned:
             new, self.count = self.model.get_weights(), self.count + 1
             self.means = [m + (w - m) / self.count for m, w in zip(self.means or new, new)]
 
@@ -1220,7 +1226,7 @@ class KeepBest(tf.keras.callbacks.Callback):
 # product stays far below it: in one of 2,000 steps it reaches .4 of it.
 
 
-# %%
+# %% alt="A curve: the learning rate rises for a tenth of the steps, then falls to nearly 0"
 def learning_rate(highest, step, progress):
     """The rate of Adam, with its usual betas, in a step, counted from 1, of rectified Adam.
 
@@ -1339,7 +1345,7 @@ end = time.monotonic() + (session_end - time.monotonic()) / 5
 classifiers = train(config, classifiers, pictures, output, end)
 
 
-# %%
+# %% alt="Curves of the classifiers' loss and accuracy over the epochs, two for each"
 def plot_histories(trained):
     """Draw the losses of networks and the measure of each epoch, a dot where weights are kept."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
@@ -1410,7 +1416,7 @@ presence = pd.concat([*judged.values()]).groupby(level=0).mean()
 truth = pictures.loc[presence.index, CLASSES] != ""
 print(f"{len(presence):,} held-out pictures, each judged by what has not seen it")
 
-# %%
+# %% alt="Four precision-recall curves, one for each class, each with two marked points"
 figure, panels = plt.subplots(1, 4, figsize=(13, 3.7), layout="constrained")
 for axes, name in zip(panels, truth.columns[truth.any()]):
     gate, precise = find_points(truth[name], presence[name], config.gate_recall)
@@ -1430,7 +1436,7 @@ plt.show()
 # held-out picture of each class of which it is most sure.
 
 
-# %%
+# %% alt="A picture for each class, the outline of its mask, and the heat that Grad-CAM finds"
 def grad_cam(classifier, images):
     """Where a classifier finds each class: float32 (batch, rows, columns, classes), of 0 and more.
 
@@ -1470,7 +1476,7 @@ show(*zip(*examples), columns=4)
 # the image. **EfficientUNet** adds a decoder, which doubles that map's size five times. Each time
 # it upsamples bilinearly, concatenates the encoder's map of that size (at full size there is none)
 # and convolves 3 x 3, twice. It is segmentation-models' U-Net, which upsamples by the nearest pixel
-# unless that setting is changed. With B0:
+# unless that setting is changed. With B0 and a `decoder_width` of 1:
 #
 # ```
 # size  encoder's map    decoder's map, by way of
@@ -1493,8 +1499,10 @@ def build_efficient_unet(config, encoder, size):
 
     def build(name, input_shape, weights):
         channels = len(CLASSES) + (config.activation == "softmax")
-        options = {"encoder_weights": weights, "classes": channels, "activation": "linear"}
-        return segmentation_models.Unet(name, input_shape=input_shape, **options)
+        filters = [round(config.decoder_width * count) for count in (256, 128, 64, 32, 16)]
+        options = {"classes": channels, "activation": "linear", "decoder_filters": filters}
+        options |= {"input_shape": input_shape, "encoder_weights": weights}
+        return segmentation_models.Unet(name, **options)
 
     images, logits = build_part(config, encoder, size, build)
     output = tf.keras.layers.Activation(config.activation, dtype="float32", name="probabilities")
@@ -1573,7 +1581,7 @@ unets = [Network("U-Net", c.encoder, c.fold, *parts) for c in classifiers]
 end = max(session_end - min(900, 360 * config.hours), time.monotonic())
 unets = train(config, unets, pictures, output, end, predictions)
 
-# %%
+# %% alt="Curves of the U-Nets' loss and Dice over the epochs, two for each"
 plot_histories(unets)
 
 # %% [markdown]
@@ -1582,7 +1590,7 @@ plot_histories(unets)
 #
 # What the network says of a held-out picture, class by class, beside the truth:
 
-# %%
+# %% alt="A picture with its true masks, and four maps of the classes' probabilities beside it"
 unet = unets[0]
 shown = pictures[pictures["fold"] == unet.fold][:1]
 batches = ordered_batches(shown, unet.size, unet.batch_size)
@@ -1896,7 +1904,7 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
 # masks and with the predicted ones:
 
-# %%
+# %% alt="Three pictures with their true masks; below the same three with the predicted masks"
 score = pd.Series(scores[config.decision].mean(axis=1), judged_pictures.index).sort_values()
 names = score.index[[-1, len(score) // 2, 0]]
 decided = pd.DataFrame(decisions[config.decision], judged_pictures.index)
@@ -1990,7 +1998,7 @@ print(
 # %% [markdown]
 # Six test pictures with the masks that the file has for them:
 
-# %%
+# %% alt="Six test pictures with the outlines of their predicted masks"
 examples = []
 for name, path in test_pictures["path"][:6].items():
     encodings = [written[f"{name}_{c}"] for c in CLASSES]

@@ -27,7 +27,7 @@ FIELDS = {  # of Config, by the type that says which networks they shape
     "augmentation_probability rotation_limit batch_size learning_rate",
     "BaselineConfig": "classifier_size baseline_epochs",
     "ClassifierConfig": "classifier_epochs",
-    "UNetConfig": "image_size epochs cross_entropy_weight",
+    "UNetConfig": "image_size epochs cross_entropy_weight decoder_width",
     "Config": "encoders held_out gate_recall flips decision precision hours image_limit "
     "broken_share",
 }
@@ -60,7 +60,9 @@ def test_paper_is_the_paper_and_the_others_depart_where_they_say(kernel):
     assert (paper.cross_entropy_weight, paper.rotation_limit) == (0.7, 20)
     assert (paper.folds, paper.held_out) == (5, (0,))
     assert (paper.baseline_epochs, paper.classifier_epochs) == (20, 20)
+    assert paper.decoder_width == 1
     own = {"activation": "sigmoid", "decision": "expected", "flips": True, "averaging": True}
+    own["decoder_width"] = 0.5
     assert best == kernel.replace(paper, **own)
     assert (sample.activation, sample.decision, sample.flips) == ("sigmoid", "expected", True)
 
@@ -105,6 +107,7 @@ REFUSED = [
     ),
     ({"held_out": 1}, r'held_out.*array.*PAPER has {"held_out": \[0\]}'),
     ({"encoder_weights": 1}, "encoder_weights.*valid string.*input_value=1"),
+    ({"decoder_width": 0}, "decoder_width.*greater than or equal to 0.1.*input_value=0"),
     ({"image_size": [320, 500]}, "image_size.*multiple of 32.*input_value=500"),
     ({"image_size": [1408, 2112]}, "image_size.*less than or equal to 2100.*input_value=2112"),
     ({"image_size": [0, 0]}, "image_size.*greater than or equal to 32.*input_value=0"),

@@ -59,6 +59,14 @@ def test_github_shows_the_notebook(notebook):
     assert "image/jpeg" in kinds and "image/png" not in kinds
 
 
+def test_every_figure_has_an_alternative_text(code_cells):
+    """As metadata of its cell, from where nbconvert takes it."""
+    drawn = [c for c in code_cells if any("image/jpeg" in o.get("data", {}) for o in c.outputs)]
+    texts = [cell.metadata.get("alt", "") for cell in drawn]
+    assert len(texts) > 10 and all(len(text) > 50 for text in texts)
+    assert len(set(texts)) == len(texts)
+
+
 def test_at_least_twenty_text_outputs_are_compared(code_cells):
     compared = [
         output

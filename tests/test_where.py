@@ -26,11 +26,14 @@ def test_unet_takes_bytes_and_gives_float32_probabilities(unets, images, activat
 
 
 @pytest.mark.parametrize(
-    ("encoder", "size"), [("efficientnetb0", (32, 64)), ("efficientnetb3", (96, 160))]
+    ("encoder", "size", "width"),
+    [("efficientnetb0", (32, 64), 1.0), ("efficientnetb3", (96, 160), 0.5)],
 )
-def test_unet_has_the_parameters_of_the_package_s_own(kernel, tiny, encoder, size):
-    model = kernel.build_efficient_unet(tiny, encoder, size)
-    reference = segmentation_models.Unet(encoder, (*size, 3), classes=4, encoder_weights=None)
+def test_unet_has_the_parameters_of_the_package_s_own(kernel, tiny, encoder, size, width):
+    model = kernel.build_efficient_unet(kernel.replace(tiny, decoder_width=width), encoder, size)
+    options = {"classes": 4, "encoder_weights": None}
+    options |= {"decoder_filters": (128, 64, 32, 16, 8)} if width == 0.5 else {}
+    reference = segmentation_models.Unet(encoder, (*size, 3), **options)
     assert model.count_params() == reference.count_params()
     assert model(np.zeros((1, *size, 3), np.uint8)).shape == (1, *size, 4)
 
@@ -85,7 +88,8 @@ def test_halves_are_used_in_the_layers_only(kernel, tiny, images, precision):
 def test_the_figure_of_the_network_has_its_channels(kernel, tiny):
     """Size by size, those of B0's maps and of the decoder's."""
     drawn = re.findall(r"(?m)^# 1/(\d+) +(?:(\d+) .*--> +)?(\d+) +upsample", CELLS)
-    model = kernel.build_efficient_unet(tiny, "efficientnetb0", (64, 96)).get_layer(index=2)
+    config = kernel.replace(tiny, decoder_width=1.0)
+    model = kernel.build_efficient_unet(config, "efficientnetb0", (64, 96)).get_layer(index=2)
     for stage, (part, encoder, decoder) in enumerate(reversed(drawn)):
         output = model.get_layer(f"decoder_stage{stage}b_relu").output
         assert output.shape[1:] == (64 // int(part), 96 // int(part), int(decoder))

@@ -548,6 +548,22 @@ def test_means_of_the_last_third_s_weights_are_validated_and_kept(
     assert history["val_loss"].idxmin() >= 4
 
 
+def test_what_the_clock_ends_just_after_an_epoch_is_validated_with_new_means(
+    kernel, tiny, pictures, tmp_path, monkeypatch
+):
+    """Of 20 steps an epoch every second one counts, of 41 those after the 27th, and the last."""
+    pictures = pictures.assign(fold=(np.arange(12) >= 10).astype(int))
+    config = kernel.replace(tiny, batch_size=1, epochs=6, learning_rate=1.0, averaging=True)
+    steps = watch(kernel, monkeypatch, seconds=1.0)
+    network, history = train(kernel, config, pictures, tmp_path, end=42)
+    assert len(steps) == 41 and len(history) == 3
+    counted = [*range(28, 41, 2), 41]
+    means = [np.mean(part, axis=0) for part in zip(*(steps[step - 1][2] for step in counted))]
+    network.model.set_weights(means)
+    measured = measure(kernel, config, network, pictures)[0]
+    assert history["val_loss"].iloc[2] == pytest.approx(measured, rel=1e-5)
+
+
 def test_a_batch_that_does_not_fit_is_halved(
     kernel, tiny, pictures, tmp_path, monkeypatch, pretend_replicas, capsys
 ):

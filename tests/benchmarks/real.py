@@ -272,7 +272,9 @@ def run_way(way, seed, args, kept):
     whole, size = 60 * args.minutes, tuple(args.size)
     own = FIELDS | {"encoder_weights": args.encoder_weights, "seed": seed, "image_size": size}
     own |= {"hours": args.minutes / 60, "classifier_size": size}
-    own |= {"flips": False, "decision": "threshold and area"} if way == "popular" else {}
+    if way == "popular":
+        own |= {"flips": False, "decision": "threshold and area"}
+        own["decoder_width"] = KERNEL.PAPER.decoder_width
     own |= {"averaging": False} if way == "plain" else {}
     own |= {"classifier_epochs": 50} if way in LONGER else {}
     own |= {"classifier_size": tuple(2 * side for side in size)} if way == "larger" else {}
