@@ -355,10 +355,9 @@ plt.show()
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
 # from probabilities to masks; these are our choices. The decoder is as wide as segmentation-models
-# makes it. From the
-# [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published beside
-# the paper come the classifier's epochs, the batch size, `gate_recall` and the classifier's learning
-# rate, which we use for the U-Net too.
+# makes it. From the [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the
+# authors published beside the paper come the classifier's epochs, the batch size, `gate_recall` and
+# the classifier's learning rate, which we use for the U-Net too.
 
 # %%
 import difflib
