@@ -581,9 +581,7 @@ def copy_networks(output, earlier=None, mount=Path("/kaggle/input")):
 
 output = Path(output_folder or ("/kaggle/working" if ON_KAGGLE else "output")).expanduser()
 if set("[]{}*?") & set(str(output)):
-    raise ValueError(
-        f"TensorFlow cannot save in {output}: it has one of [ ] {{ }} * ? in its name."
-    )
+    raise ValueError(f"TensorFlow cannot save in {output}: its name has one of [ ] {{ }} * ?.")
 (output / "networks").mkdir(parents=True, exist_ok=True)
 copy_networks(output, earlier_folders)
 print(f"{output} holds {len([*output.glob('networks/*')])} networks so far")
@@ -867,7 +865,9 @@ def ordered_batches(pictures, size, batch_size, with_planes=False):
 # %% alt="Eight pictures of a batch with the outlines of their masks; some are augmented"
 held_out = pictures["fold"] == config.held_out[0]
 images, planes = next(iter(training_batches(config, pictures[~held_out], (128, 192), 8, lambda: 0)))
-show(images.numpy(), split_planes(planes), [""] * 8, columns=4)
+draws = plan_epoch((~held_out).sum(), 0, config.seed)[:8, 1]
+titles = np.where(draws == AS_IS, "as it is", "augmented")
+show(images.numpy(), split_planes(planes), titles, columns=4)
 print(f"{(~held_out).sum():,} pictures to learn from, {held_out.sum():,} held out")
 
 # %% [markdown]
@@ -892,10 +892,9 @@ import segmentation_models
 from scipy import special, stats
 from sklearn import isotonic, linear_model, model_selection
 
-efficientnet.model.get_swish = lambda **modules: (
-    tf.nn.swish
-)  # theirs keeps two maps for the gradient
 tf.get_logger().setLevel("ERROR")  # no warning that a further network has a graph of its own
+# The package's own swish keeps two maps for the gradient.
+efficientnet.model.get_swish = lambda **modules: tf.nn.swish
 
 
 def name_encoder(encoder):
@@ -1423,7 +1422,7 @@ for axes, name in zip(panels, truth.columns[truth.any()]):
     axes.plot(precise[2], precise[1], "k>", label="precision 0.90")
     options = {"name": name, "color": STYLES[name][0], "plot_chance_level": True, "ax": axes}
     metrics.PrecisionRecallDisplay.from_predictions(truth[name], presence[name], **options)
-    axes.set(xlabel="recall", ylabel="precision")
+    axes.set(title=name, xlabel="recall", ylabel="precision")
 plt.show()
 
 # %% [markdown]
