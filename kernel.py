@@ -347,11 +347,11 @@ plt.show()
 # Everything that can be chosen is a field of `Config`. Its parent classes say what a field shapes:
 # every network, the classifiers or the U-Net. Its own fields say which networks there are, how they
 # are run and what is done with them. The defaults are the paper's: `PAPER`. `BEST` departs from it
-# where there is a reason to, with gains that small networks showed on small copies of real
-# pictures. There it scored .018 more than `PAPER` after the same time, from .013 to .023, and .006
-# more than the recipe of the competition's popular notebooks, from .001 to .011 (see
-# `tests/benchmarks`). `SAMPLE` is `BEST` cut down until two CPU cores run the whole notebook in
-# minutes.
+# where there is a reason to, with gains that were measured on small copies of real pictures (see
+# `tests/benchmarks`). There, after the same short time from ImageNet's features, it scored .010 more
+# than `PAPER`, from .006 to .015, and .009 more than the recipe of the competition's popular
+# notebooks, from .004 to .014. `SAMPLE` is `BEST` cut down until two CPU cores run the whole notebook
+# in minutes.
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
 # from probabilities to masks; these are our choices. The decoder is as wide as segmentation-models
