@@ -20,7 +20,7 @@ SIZE, FEW, MORE = (320, 480), 2, 6
 def take_steps(encoder, precision, images):
     """Do two training steps on random images and print the process's peak memory in bytes."""
     tf.keras.mixed_precision.set_global_policy(precision)
-    config = KERNEL.replace(KERNEL.BEST, encoder_weights=None)
+    config = KERNEL.replace(KERNEL.BEST, encoder_weights=None, decoder_width=1.0)
     model = KERNEL.build_efficient_unet(config, encoder, SIZE)
     model.compile("sgd", KERNEL.functools.partial(KERNEL.unet_loss, config))
     random = np.random.default_rng(0)
