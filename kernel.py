@@ -1139,9 +1139,8 @@ class Schedule(tf.keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         """Set the rate of the step."""
-        progress = min(1, (self.done + 1) / self.planned)
-        rate = self.model.optimizer.learning_rate  # asked for first, so that there is a variable
-        tf.keras.backend.set_value(rate, learning_rate(self.highest, self.done + 1, progress))
+        step, rate = self.done + 1, self.model.optimizer.learning_rate  # asking makes a variable
+        rate.assign(learning_rate(self.highest, step, min(1, step / self.planned)))
 
     def on_train_batch_end(self, batch, logs=None):
         """Plan the last step by the pace so far, but for the first step, which builds the graph."""
