@@ -354,10 +354,11 @@ plt.show()
 # notebook in minutes.
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
-# from probabilities to masks; these are our choices. The decoder is as wide as segmentation-models
-# makes it. From the [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the
-# authors published beside the paper come the classifier's epochs, the batch size, `gate_recall` and
-# the classifier's learning rate, which we use for the U-Net too.
+# from probabilities to masks; these are our choices. `PAPER`'s decoder is as wide as
+# segmentation-models makes it. From the
+# [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published beside
+# the paper come the classifier's epochs, the batch size, `gate_recall` and the classifier's
+# learning rate, which we use for the U-Net too.
 
 # %%
 import difflib
@@ -452,7 +453,7 @@ PAPER = Config()
 BEST = replace(
     PAPER,
     activation="sigmoid",  # 60 % of the pictures have pixels of several classes; softmax allows one
-    averaging=True,  # single steps are noisy; +.001 of Dice at 64 x 96, +.011 at 128 x 192
+    averaging=True,  # single steps are noisy; from random weights +.011 of Dice at 128 x 192
     flips=True,  # clouds have no handedness; +.006 of Dice at 128 x 192, nothing at 64 x 96
     decoder_width=0.5,  # nine tenths of the operations are there; +.011 at 64 x 96 in equal time
     decision="expected",  # +.010 of Dice over threshold and area
@@ -1890,14 +1891,14 @@ for way in WAYS:
 comparison.round(4).astype(object).where(comparison.notna(), "")
 
 # %% [markdown]
-# The sample's 54 pictures are few, as the widths of the intervals show. On 900 real pictures, small
-# copies, whose maps B0 drew from ImageNet's features (see `tests/benchmarks`), threshold and area
-# scored .636 and the expected Dice .646, a gain of .0106 [.0046, .0169]. Without the classifier it
-# had .644: the maps' values tell presence with an average precision of .863, the classifier with
-# .845, and both together with .864. On the maps of a public U-Net, which was probably trained on
-# the same pictures, the gain was .0040 [.0015, .0065] on 4,016 of them and -.0004 [-.0068, .0060]
-# on 766. With presence known, and the best thresholds for these pictures, .794 would be reached:
-# what is left to gain is mostly to know which classes are present.
+# The sample's 54 pictures are few, as the widths of the intervals show. On small copies of 900 real
+# pictures, with B0 from ImageNet's features (see `tests/benchmarks`), threshold and area scored
+# .636 and the expected Dice .646, a gain of .0106 [.0046, .0169]. Without the classifier it had
+# .644: the maps' values tell presence with an average precision of .863, the classifier with .845,
+# and both together with .864. With a public U-Net, on pictures that it was probably trained on, the
+# gain was .0040 [.0015, .0065] on 4,016 of them and -.0004 [-.0068, .0060] on 766. With presence
+# known, and the best thresholds for it, the 4,016 would have .794: what is left to gain is mostly to
+# know which classes are present.
 #
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
 # masks and with the predicted ones:

@@ -14,10 +14,11 @@ the last fifth; scored are the test pictures, and those of the last fifth by rul
 others of them. The ways are
 
 - best: BEST's U-Net for nine tenths of the time, its classifier for one;
-- paper: PAPER's U-Net for the whole time, threshold and minimum area for each class;
+- paper: PAPER's U-Net for the whole time, its decoder of the whole width, threshold and minimum
+  area for each class;
 - popular: the recipe of the competition's popular Keras notebooks: sigmoid, cross-entropy + Dice of
-  a whole batch, Adam, whose rate falls where the validation loss stands still, flips, threshold and
-  minimum area for each class;
+  a whole batch, Adam, whose rate falls where the validation loss stands still, flips, a decoder of
+  the whole width, threshold and minimum area for each class;
 - mirrored: best, whose classifier judges mirror images too;
 - started: best, whose classifier starts from the U-Net's encoder;
 - alone: best without a classifier, the U-Net for nine tenths of the time;
