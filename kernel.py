@@ -1897,8 +1897,8 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 # .644: the maps' values tell presence with an average precision of .863, the classifier with .845,
 # and both together with .864. With a public U-Net, on pictures that it was probably trained on, the
 # gain was .0040 [.0015, .0065] on 4,016 of them and -.0004 [-.0068, .0060] on 766. With presence
-# known, and the best thresholds for it, the 4,016 would have .794: what is left to gain is mostly to
-# know which classes are present.
+# known, and the best thresholds for it, the 4,016 would have .794: what is left to gain is mostly
+# to know which classes are present.
 #
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
 # masks and with the predicted ones:
