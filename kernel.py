@@ -13,11 +13,13 @@
 # %% [markdown]
 # # Understanding clouds with EfficientUNet
 #
-# ![Three drawn pictures of clouds over the sea, above with the outlines of their true masks, unions
-# of boxes, below with those of the predicted masks and their Dice](attachment:prediction.jpg)
+# ![Three synthetic pictures of clouds, above with the outlines of their true masks, unions of boxes,
+# below with those of the predicted masks and their Dice](attachment:prediction.jpg)
 #
 # *The best, the median and the worst of the held-out pictures below, with their true masks and,
-# under these, with the predicted ones. They are drawn: the competition's may not be redistributed.*
+# under these, with the predicted ones and the mean Dice of the four classes, where one that is
+# rightly left out counts 1. The pictures are synthetic: the competition's may not be
+# redistributed.*
 #
 # Shallow clouds over the oceans arrange themselves in patterns that matter to the Earth's climate.
 # Climate scientists named four of them, *Fish*, *Flower*, *Gravel* and *Sugar*, and labellers drew
@@ -51,9 +53,9 @@
 #
 # **To run it** on Kaggle, add the competition's data, choose an accelerator and run all. It is
 # written to end within the hours that a session is granted, but was not run on Kaggle, a GPU or a
-# TPU yet. The outputs below are of the sample in `tests/sample`, drawn pictures on which it learns
-# in three minutes without a GPU. You need to know Python and what a convolutional network is. Sizes
-# are always (height, width).
+# TPU yet. The outputs below are of the sample in `tests/sample`, synthetic pictures on which it
+# learns in three minutes without a GPU. You need to know Python and what a convolutional network
+# is. Sizes are always (height, width). Cells that can be skipped at first are folded.
 
 # %% [markdown]
 # ## Set up
@@ -296,8 +298,8 @@ def read_image(path, size):
 
 
 # %% [markdown]
-# All pictures stand in one table: their names, their files and the encodings of their masks. The
-# first one of each class, dimmed outside of the mask (the paper's Fig. 1):
+# All pictures stand in one table: their names, their files and the encodings of their masks. One of
+# each class, of those with the fewest others, dimmed outside of the mask (the paper's Fig. 1):
 
 # %%
 labels = read_labels(source / "train.csv")
@@ -305,10 +307,11 @@ all_pictures = labels.assign(path=[source / "train_images" / name for name in la
 print(f"{len(all_pictures):,} pictures in {source}")
 
 # %% alt="Four satellite pictures, dimmed outside of a mask of Fish, Flower, Gravel and Sugar"
+fewest = (all_pictures[CLASSES] != "").sum(axis=1).sort_values(kind="stable").index
 figure, panels = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
 for axes, name in zip(panels, CLASSES):
     axes.set(title=name, xticks=[], yticks=[])
-    for picture in all_pictures[all_pictures[name] != ""].itertuples():
+    for picture in all_pictures.loc[fewest].query(f"{name} != ''").itertuples():
         with contextlib.suppress(ValueError):  # a broken file, of which more later
             image = read_image(picture.path, SUBMISSION_SIZE)
             mask = decode_rle(getattr(picture, name), ORIGINAL_SIZE)[2::4, 2::4, None]
@@ -332,14 +335,14 @@ present.sum(axis=1).value_counts().sort_index().plot.bar(ax=left, **options)
 together = present.T.to_numpy(int) @ present.to_numpy(int)
 table = metrics.ConfusionMatrixDisplay(together, display_labels=CLASSES)
 table.plot(ax=right, cmap="Blues", colorbar=False)
-right.set(title="Pictures with both classes", xlabel="", ylabel="")
+right.set(title="Pictures with both classes; on the diagonal with one", xlabel="", ylabel="")
 plt.show()
 
 # %% [markdown]
 # In the competition's 5,546 pictures Sugar is the most frequent class (in .676 of them) and Flower
 # the rarest (.426). No picture is without any class, three of four hold several, and in 60 % of all
 # pictures masks of different classes overlap. Nearly half of all masks are empty: empty masks alone
-# would score .4665. The drawn sample is alike, except that Gravel is its rarest class.
+# would score .4665. The synthetic sample is alike, except that Gravel is its rarest class.
 
 # %% [markdown]
 # ## Choose
@@ -350,8 +353,9 @@ plt.show()
 # where there is a reason to, with gains that were measured on small copies of real pictures (see
 # `tests/benchmarks`). There, after the same short time from ImageNet's features, it scored .010
 # more than `PAPER`, from .006 to .015, and .009 more than the recipe of the competition's popular
-# notebooks, from .004 to .014. `SAMPLE` is `BEST` cut down until two CPU cores run the whole
-# notebook in minutes.
+# notebooks, from .004 to .014. The gains beside its fields come from different trainings and do not
+# add up; sigmoids were not measured alone. `SAMPLE` is `BEST` cut down until two CPU cores run the
+# whole notebook in minutes.
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
 # from probabilities to masks; these are our choices. `PAPER`'s decoder is as wide as
@@ -453,7 +457,7 @@ PAPER = Config()
 BEST = replace(
     PAPER,
     activation="sigmoid",  # 60 % of the pictures have pixels of several classes; softmax allows one
-    averaging=True,  # single steps are noisy; from random weights +.011 of Dice at 128 x 192
+    averaging=True,  # +.011 of Dice at 128 x 192 from random weights, nothing at 64 x 96
     flips=True,  # clouds have no handedness; +.006 of Dice at 128 x 192, nothing at 64 x 96
     decoder_width=0.5,  # nine tenths of the operations are there; +.011 at 64 x 96 in equal time
     decision="expected",  # +.010 of Dice over threshold and area
@@ -475,7 +479,7 @@ SAMPLE = replace(
 )
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def choose_config(preset=None, overrides=None, on_kaggle=ON_KAGGLE):
     """The name of a preset, and its Config with single fields overridden.
 
@@ -509,7 +513,7 @@ print(preset_name, *(f"{key}: {value}" for key, value in asdict(config).items())
 # statistics, probabilities and losses stay in float32.
 
 
-# %% tags=["nbval-ignore-output"]
+# %% _kg_hide-input=true jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 def choose_device(environment=os.environ, on_kaggle=ON_KAGGLE):
     """The distribution strategy, and Keras's policy of the precision that suits it.
 
@@ -543,11 +547,11 @@ print(f"devices: {strategy.num_replicas_in_sync}, {config.precision}, {config.ho
 
 # %% [markdown]
 # What a session leaves in its output folder, a later one takes up: attach that output, and networks
-# that are finished are loaded, and those that were begun go on. They are copied now; of several
-# copies of a network the one that was trained furthest counts.
+# that are finished are loaded, and those that were begun go on. The next cell copies them; of
+# several copies of a network it takes the one that was trained furthest.
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def read_history(folder):
     """A network's losses by epoch; one that was written before a kill and after it counts once."""
     with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError):
@@ -591,8 +595,8 @@ print(f"{output} holds {len([*output.glob('networks/*')])} networks so far")
 # ## Split, augment, batch
 #
 # Some faults can be lived with. A training picture that cannot be decoded is left out, up to a
-# share that is configured, and such a test picture gets empty masks. Resized copies are used as
-# they are, with the masks of `train.csv`. All warnings are repeated at the end.
+# share that is configured, and such a test picture gets empty masks. Pictures may be resized
+# copies; the masks of `train.csv` stay those of 1400 x 2100. All warnings are repeated at the end.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 import joblib
@@ -642,7 +646,7 @@ def find_faults(paths):
 # The pictures are dealt into folds by their combination of classes: sorted by it, the first one
 # goes to fold 0, the second to fold 1, and so on. So each fold holds the same share of every
 # combination to within one picture, however rare the combination is. With five folds, fold 0
-# against the others is the paper's 80:20 split.
+# against the others is an 80:20 split, like the paper's.
 
 
 # %%
@@ -680,7 +684,7 @@ if not submission_path.exists():  # from here on there is a file to hand in, of 
 # %% [markdown]
 # An epoch holds every training picture twice, as it is and once augmented, in a new order and with
 # new draws each time. An augmented copy is flipped horizontally, flipped vertically, rotated and
-# distorted along a grid, independently of one another. What turns in from outside of the
+# distorted along a grid, each with a probability of its own. What turns in from outside of the
 # picture is black, as the band is.
 #
 # The four masks of a picture travel together as one *plane*, a uint8 image whose lowest four bits
@@ -755,8 +759,8 @@ def load_example(config, picture, size, draw=AS_IS):
 
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
-STYLES = {"Fish": ("#56b4e9", (6, 0)), "Flower": ("#fe6100", (5, 1))}  # color and dashes,
-STYLES |= {"Gravel": ("#dc267f", (3, 1, 1, 1)), "Sugar": ("#ffd700", (1, 0.7))}  # for all sight
+STYLES = {"Fish": ("#56b4e9", (6, 0)), "Flower": ("#fe6100", (5, 1))}  # colors and dashes
+STYLES |= {"Gravel": ("#dc267f", (3, 1, 1, 1)), "Sugar": ("#ffd700", (1, 0.7))}  # for all eyes
 
 
 def show(images, masks, titles, columns):
@@ -787,9 +791,9 @@ titles = ["as it is", *(f"draw {draw}" for draw in draws[1:])]
 show(images, list(map(split_planes, planes)), titles, columns=3)
 
 # %% [markdown]
-# The outlines follow their clouds through every transform. Epochs follow one another without a
-# break: every training batch is full and no example is lost. In validation and prediction every
-# picture comes once, in order, and the last one fills up its batch.
+# The outlines follow their clouds. Epochs follow one another without a break: every training batch
+# is full and no example is lost. In validation and prediction every picture comes once, in order,
+# and copies of the last one fill its batch.
 
 
 # %%
@@ -875,9 +879,9 @@ print(f"{(~held_out).sum():,} pictures to learn from, {held_out.sum():,} held ou
 # ## Which patterns?
 #
 # Which patterns does a picture hold? The paper asks EfficientNets. segmentation-models brings B0 to
-# B7. They are one network, B0, in eight sizes: B7 is twice as wide and 3.1 times as deep.
-# `Config.encoders` takes such pairs of coefficients as well, which the paper left for later:
-# `(1.0, 1.0)` is B0. There are no ImageNet weights for a pair, so that it needs
+# B7. They are one network, B0, in eight sizes: B7 is twice as wide and 3.1 times as deep, and made
+# for larger pictures. `Config.encoders` takes such pairs of width and depth as well, which the
+# paper left for later. ImageNet's weights are found by name, so that a pair needs
 # `encoder_weights=None`.
 #
 # Images enter as bytes, and the normalisation by ImageNet's mean and deviation is part of the
@@ -994,8 +998,8 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 # the encoder frozen as it came, in `PAPER` and `BEST` from ImageNet; the *classifier* goes on from
 # there with all of its weights; the *U-Net* follows in [Where?](#Where?).
 #
-# A step takes as many pictures as fit into memory, which grows with their pixels and with the
-# encoder's depth: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
+# A step takes as many pictures as fit into memory. Each needs it by its pixels and by the encoder's
+# depth: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
 # more than half of that. So the paper's batch of 32 has no room: by this estimate a GPU of 15 GiB
 # takes 2 pictures of 1312 x 2080 in a step of B0.
 
@@ -1050,10 +1054,10 @@ def choose_batch_size(config, network, memory=None):
 # configuration, a checksum of the pictures' folds and labels, and the source text of five
 # functions: the one that builds the network, its loss, `build_part`, `make_augmentation` and
 # `learning_rate`. If one of these changes, the network is trained anew when its training cell runs
-# again. Changes elsewhere are not noticed.
+# again. Changes elsewhere are not noticed. The fields that shape each kind of network:
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def write_whole(path, text):
     """Write a text file, whole or not at all: whenever a run is killed, the old or the new."""
     temporary = path.with_name("part." + path.name)
@@ -1116,7 +1120,7 @@ for shape in (BaselineConfig, ClassifierConfig, UNetConfig):
 # in the last third of a training are the means of its weights, batch normalisation's included.
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 class Schedule(tf.keras.callbacks.Callback):
     """Set the learning rate by the progress of a training, end it in time, and tell of it.
 
@@ -1170,7 +1174,7 @@ class Schedule(tf.keras.callbacks.Callback):
             warn(self.name, text)
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 class KeepBest(tf.keras.callbacks.Callback):
     """Keep the weights of the lowest validation loss in a network's folder, whole at any time.
 
@@ -1219,18 +1223,18 @@ class KeepBest(tf.keras.callbacks.Callback):
 # [Rectified Adam](https://arxiv.org/abs/1908.03265) is Adam whose rate starts near 0 and grows as
 # its estimate of the gradients' spread becomes reliable; this factor depends on the step alone. We
 # multiply it by a schedule, which rises for the first tenth of a training and then falls to a
-# hundredth of the highest rate. The highest rate grows with the square root of the batch size, as
-# is [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam. In a short training the
-# product stays far below it: in one of 2,000 steps it reaches .4 of it.
+# hundredth of the highest rate. The highest rate grows with the square root of the batch size,
+# close to what is [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam. The shorter a
+# training, the further its rate stays below the highest:
 
 
-# %% alt="A curve: the learning rate rises for a tenth of the steps, then falls to nearly 0"
+# %% alt="Three curves of the learning rate: it rises, for longer in a short training, then falls"
 def learning_rate(highest, step, progress):
     """The rate of Adam, with its usual betas, in a step, counted from 1, of rectified Adam.
 
     The step takes the training to a progress in (0, 1]. The rectification is that of arXiv
-    1908.03265, algorithm 2, but that the first steps, which follow the mean gradient alone there,
-    only gather gradients here.
+    1908.03265, algorithm 2, from a length of 5 on as in the package; the first steps, which follow
+    the mean gradient alone there, only gather gradients here.
     """
     longest, power = 2 / (1 - 0.999) - 1, 0.999**step
     length = longest - 2 * step * power / (1 - power)
@@ -1239,8 +1243,11 @@ def learning_rate(highest, step, progress):
     return highest * rectification * min(progress / 0.1, 1 - 0.99 * (progress - 0.1) / 0.9)
 
 
-rates = [learning_rate(1, step, step / 2000) for step in range(1, 2001)]
-pd.Series(rates).plot(figsize=(8, 2.6), xlabel="step of 2,000", title="share of the highest rate")
+rates, progress = {}, np.arange(1, 201) / 200
+for steps in (20000, 2000, 200):
+    rates[f"{steps:,} steps"] = [learning_rate(1, round(p * steps), p) for p in progress]
+axes = pd.DataFrame(rates, progress).plot(figsize=(8, 2.6), title="share of the highest rate")
+axes.set_xlabel("share of the steps")
 plt.show()
 
 # %% [markdown]
@@ -1323,10 +1330,10 @@ def train(config, networks, pictures, output, end, predictions=0):
 
 
 # %% [markdown]
-# First the paper's *baseline*, of which only the four outputs are trained, for a tenth of what is
-# left of the session at the most; then all of it is *fine-tuned*, for a fifth. Ctrl-C, or the stop
-# button of an interactive session, ends the training of a cell: the best weights so far are used,
-# and networks that were not begun are left out. Run again, the cell goes on where it stood.
+# First the paper's *baseline*, of which only the four outputs are trained, for at most a tenth of
+# the session's rest; then the whole network is *fine-tuned*, for at most a fifth. Ctrl-C, or the
+# stop button of an interactive session, ends the training of a cell: the best weights so far are
+# used, and networks that were not begun are left out. Run again, the cell goes on where it stood.
 
 # %% tags=["nbval-ignore-output"]
 members = list(itertools.product(config.encoders, config.held_out))
@@ -1361,12 +1368,13 @@ def plot_histories(trained):
 plot_histories(classifiers)
 
 # %% [markdown]
-# The dot marks the epoch whose weights are kept. As long as both losses fall, more epochs help.
-# Where the validation loss turns up while the training loss goes on falling, the network learns the
-# training pictures by heart.
+# The dot marks the epoch whose weights are kept. As long as both losses fall, more epochs may help.
+# Where the validation loss rises for several epochs while the training loss goes on falling, the
+# network learns the training pictures by heart.
 #
 # The accuracies of the kept weights on the held-out pictures, whose mean over the folds is the
-# paper's mean validation accuracy, as we read it:
+# paper's mean validation accuracy, as we read it. The sample's frozen encoder is random, so that
+# its baseline knows nothing:
 
 # %% tags=["nbval-ignore-output"]
 accuracies = {}
@@ -1381,10 +1389,10 @@ accuracies.round(4)
 # were not trained on it; of several encoders the mean counts.
 #
 # Below are the precision-recall curves (the paper's Fig. 6), each with two points, as in the
-# authors' notebook. The first, at the highest threshold that finds .94 of the pictures with the
-# class (`gate_recall`), becomes the *gate* of a later section, below which a mask is dropped. Its
-# precision in the paper goes from .55 (Fish) to .74 (Sugar). The second is at the lowest threshold
-# at which .90 of the finds are right. Its recall in the paper goes from .22 (Fish) to .49 (Flower).
+# authors' notebook. The first is at the highest threshold that finds .94 of the pictures with the
+# class (`gate_recall`), below which the authors drop a mask. Its precision in the paper goes from
+# .55 (Fish) to .74 (Sugar). The second is at the lowest threshold whose precision is .90. Its
+# recall in the paper goes from .22 (Fish) to .49 (Flower).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1412,7 +1420,7 @@ for c in classifiers:
     judged[c.encoder, c.fold] = predict_presence(c, pictures[pictures["fold"] == c.fold])
 presence = pd.concat([*judged.values()]).groupby(level=0).mean()
 truth = pictures.loc[presence.index, CLASSES] != ""
-print(f"{len(presence):,} held-out pictures, each judged by what has not seen it")
+print(f"{len(presence):,} held-out pictures, each judged by networks that have not seen it")
 
 # %% alt="Four precision-recall curves, one for each class, each with two marked points"
 figure, panels = plt.subplots(1, 4, figsize=(13, 3.7), layout="constrained")
@@ -1430,8 +1438,8 @@ plt.show()
 # also its average precision (AP).
 #
 # What does the classifier look at? Grad-CAM weights the maps of the encoder's last layer by how
-# much a class's score rises with them, and adds them up. Here it is of the first classifier for the
-# held-out picture of each class of which it is most sure.
+# much a class's score rises with them, adds them up and keeps what is positive. Here it is for the
+# held-out picture of each class of which the first classifier is surest.
 
 
 # %% alt="A picture for each class, the outline of its mask, and the heat that Grad-CAM finds"
@@ -1456,25 +1464,26 @@ for only, name in zip(np.eye(4), CLASSES):
     heat = cv2.resize(heat, image.shape[1::-1]) / max(heat.max(), 1e-9)
     mask = split_planes(plane).numpy() * only
     inside = (heat * mask.sum(axis=-1)).sum() / max(heat.sum(), 1e-9)
-    image = 0.5 * image / 255 + 0.5 * plt.cm.inferno(heat)[..., :3]
+    image = 0.5 * image.mean(axis=-1, keepdims=True) / 255 + 0.5 * plt.cm.inferno(heat)[..., :3]
     title = f"{name}: {inside:.0%} of heat, {mask.sum() / heat.size:.0%} of picture"
     examples.append((image, mask, title))
 show(*zip(*examples), columns=4)
 
 # %% [markdown]
-# Heat inside of the outline means that the classifier decides by the clouds that the labellers
-# meant. Heat outside means that it found them elsewhere, or goes by something else. The titles say
-# how much of the heat and of the picture is inside. The last maps are 32 times smaller than the
-# picture, so that heat always spreads over the edge.
+# Where the outline holds a greater share of the heat than of the picture, the classifier goes by
+# the clouds that the labellers meant. In the sample that holds for three classes of four, and not
+# by far: its classifier goes by more than the boxes. The last maps are 32 times smaller than the
+# picture, so that heat spreads over any edge.
 
 # %% [markdown]
 # ## Where?
 #
-# The classifier's encoder has lost where the patterns are: its last map is 32 times smaller than
-# the image. **EfficientUNet** adds a decoder, which doubles that map's size five times. Each time
-# it upsamples bilinearly, concatenates the encoder's map of that size (at full size there is none)
-# and convolves 3 x 3, twice. It is segmentation-models' U-Net, which upsamples by the nearest pixel
-# unless that setting is changed. With B0 and a `decoder_width` of 1:
+# A classifier's last map says only coarsely where the patterns are: it is 32 times smaller than the
+# image. **EfficientUNet** is a network of its own: an encoder, which begins as the classifiers'
+# did, and a decoder, which doubles its last map's size five times. Each time it upsamples
+# bilinearly, concatenates the encoder's map of that size (at full size there is none) and convolves
+# 3 x 3, twice. It is segmentation-models' U-Net, for whose nearest-pixel upsampling `build_part`
+# sets the bilinear one. With B0 and a `decoder_width` of 1:
 #
 # ```
 # size  encoder's map    decoder's map, by way of
@@ -1511,8 +1520,8 @@ unet = build_efficient_unet(config, config.encoders[0], config.image_size)
 print(f"The U-Net of {name_encoder(config.encoders[0])} has {unet.count_params():,} parameters")
 
 # %% [markdown]
-# The Dice coefficient (the paper's eq. 1) worked by hand, for masks of two pixels and of one: half
-# of the first mask found, nothing of it, a false alarm, and rightly nothing.
+# The Dice coefficient (the paper's eq. 1) worked by hand: of a mask of two pixels a prediction of
+# one finds half, or nothing; of an empty mask a pixel is a false alarm, and the empty one right.
 
 
 # %%
@@ -1568,8 +1577,8 @@ def dice_at_half(config, planes, probabilities):
 
 
 # %% [markdown]
-# The U-Nets share the rest of the session equally. Kept back are the time for all predictions and,
-# to decide and to write, a tenth of the session's hours, but no more than fifteen minutes.
+# The U-Nets share the rest of the session equally. Kept back are the time for all predictions, and
+# a tenth of the session, at most fifteen minutes, to decide and to write.
 
 # %% tags=["nbval-ignore-output"]
 predictions = (4 if config.flips else 1) * (len(test_pictures) + len(pictures) // config.folds)
@@ -1584,7 +1593,7 @@ plot_histories(unets)
 
 # %% [markdown]
 # With `averaging`, the last third of the validation curve is that of the weights' means. This Dice
-# takes all pixels of at least one half as the mask; the next chapter finds better rules.
+# takes all pixels of at least one half as the mask; the next section finds better rules.
 #
 # What the network says of a held-out picture, class by class, beside the truth:
 
@@ -1609,7 +1618,8 @@ show(*zip((image, masks, "the truth"), *examples), columns=5)
 # those that were not trained on it, on a test picture all of them.
 #
 # A mask is where the map reaches a threshold. What is left to decide is which threshold, and when
-# to predict the empty mask instead: where the class is absent, that scores 1 and a single pixel 0.
+# to predict the empty mask instead: where the class is absent, the empty mask scores 1, and one of
+# a single pixel 0.
 #
 # For every threshold the Dice follows from two lists: how many pixels of a map have each of the 256
 # values, and how many of these are true. Their cumulative sums are the area and the overlap of each
@@ -1727,8 +1737,7 @@ def cross_decide(way, config, areas, overlaps, presence):
 
 # %% [markdown]
 # Before the first way, two marks to compare with: no masks at all, and the whole picture where the
-# class is present, which no submission knows; it is what a perfect classifier without any
-# segmentation would score.
+# class is present, as a perfect classifier without any segmentation would have it.
 
 # %% tags=["nbval-ignore-output"]
 there = overlaps[..., 0] > 0
@@ -1739,7 +1748,8 @@ for name, decided in decisions.items():
 
 
 # %% [markdown]
-# The first way takes one half as the threshold, whatever the area.
+# The first way takes one half as the threshold, whatever the area. Mirror images and the
+# submission's finer pixels make its Dice better than that of the training's curve.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1804,8 +1814,8 @@ print(f"Dice {score_decisions(areas, overlaps, decisions['gated']).mean():.4f}")
 # %% [markdown]
 # A gate can pay only where the classifier knows more about presence than the maps do. The fourth
 # way weighs the two. It maximises the *expected* Dice coefficient of each mask. Let $P$
-# be the probability that the picture holds the class, and $q(v)$ that a pixel of the value $v$ is
-# true if it does. If $n(v)$ pixels have the value $v$, the mask from the threshold $t$ on has,
+# be the probability that the picture holds the class, and $q(v)$ that a pixel of the value $v$ then
+# belongs to it. If $n(v)$ pixels have the value $v$, the mask from the threshold $t$ on has,
 # given presence, about the expected Dice
 #
 # $$D(t) = \frac{2 \sum_{v \geq t} n(v)\,q(v)}{\sum_{v \geq t} n(v) + \sum_v n(v)\,q(v)}.$$
@@ -1872,8 +1882,9 @@ decisions["expected"] = cross_decide(use_expectation, config, areas, overlaps, p
 print(f"Dice {score_decisions(areas, overlaps, decisions['expected']).mean():.4f}")
 
 # %% [markdown]
-# All of them, class by class. A gain, over threshold and area, means something where its 95 %
-# interval by the bootstrap over pictures, `from` and `to`, is on one side of 0.
+# All of them, class by class. A gain, over threshold and area, holds for pictures like these where
+# its 95 % interval by the bootstrap over pictures, `from` and `to`, is on one side of 0; another
+# training may differ by more.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1897,8 +1908,8 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 # .644: the maps' values tell presence with an average precision of .863, the classifier with .845,
 # and both together with .864. With a public U-Net, on pictures that it was probably trained on, the
 # gain was .0040 [.0015, .0065] on 4,016 of them and -.0004 [-.0068, .0060] on 766. With presence
-# known, and the best thresholds for it, the 4,016 would have .794: what is left to gain is mostly
-# to know which classes are present.
+# known, and the best thresholds for it, the 4,016 would have .794: to know which classes are
+# present would gain .14, far more than any rule here.
 #
 # The best, the median and the worst of the held-out pictures by the configured way, with their true
 # masks and with the predicted ones:
@@ -2008,7 +2019,7 @@ show(*zip(*examples), columns=3)
 # %% [markdown]
 # ## Beside the paper
 #
-# Each member's results; then the means over each encoder's folds, in one table with the paper's.
+# Each member's results; then the means over each encoder's folds, below the paper's nearest ones.
 # Ours are on held-out pictures, by rules that learned on others of the same fold. They are a little
 # too high, as the epoch whose weights are kept was chosen on the same pictures. Our scores on the
 # leaderboard are not known.
@@ -2033,8 +2044,8 @@ results.round(4)
 # %% [markdown]
 # Table I holds mean validation accuracies. Table II is of EfficientNet without EfficientUNet, and
 # does not say where its masks came from; nearest to it is our `gated`. Table III is of
-# EfficientUNet alone, as our `threshold and area`; for B0 the paper's text has .6654 in
-# cross-validation, and .6602 on the private leaderboard.
+# EfficientUNet alone; nearest to it is our `threshold and area`. For B0 the paper's text has .6654
+# in cross-validation, and .6602 on the private leaderboard.
 
 # %% tags=["nbval-ignore-output"]
 PAPER_TABLES = pd.DataFrame(
@@ -2049,12 +2060,15 @@ PAPER_TABLES = pd.DataFrame(
     [f"efficientnetb{size}" for size in range(6)],
 )
 
-ours = results.drop(columns="pictures").groupby("encoder").mean().round(4)
-pd.concat({"here": ours.T, "paper": PAPER_TABLES.T}).astype(object).fillna("")
+nearest = ["baseline accuracy", "classifier accuracy", "Dice, gated", "Dice, threshold and area"]
+ours = results.groupby("encoder").mean()[nearest].round(4)
+ours.columns = PAPER_TABLES.columns[[0, 1, 2, 4]]
+table = pd.concat({"paper": PAPER_TABLES, "here": ours})
+table.astype(object).where(table.notna(), "")
 
 # %% [markdown]
 # In the cross-validation of the paper's Table III larger encoders score lower. A difference between
-# two columns means something only if they have the same folds and many pictures.
+# two rows means something only if they have the same folds and many pictures.
 #
 # `results.json` in the output folder holds the configuration, the versions, the Dice of each way
 # and the warnings.
@@ -2070,5 +2084,6 @@ print(*(f"{title}: {report[title] or 'none'}" for title in list(report)[2:]), se
 # To go further, change the cell of parameters: a larger encoder (`{"encoders":
 # ["efficientnetb2"]}`), all folds (`{"held_out": [0, 1, 2, 3, 4]}`, or one per session and their
 # outputs attached to the last), or more epochs. A smaller `image_size`, such as `[640, 960]`,
-# trains several times faster. If a session ends before its training does, attach its output to the
+# trains several times faster. In the same total time one network, trained for longer, was better
+# than the mean of two. If a session ends before its training does, attach its output to the
 # next, which goes on from there.
