@@ -543,7 +543,8 @@ config = replace(config, precision=config.precision or precision, hours=hours)
 session_end = STARTED + 3600 * config.hours
 tf.distribute.experimental_set_strategy(strategy)  # from here on, for all networks
 tf.keras.mixed_precision.set_global_policy(config.precision)
-print(f"devices: {strategy.num_replicas_in_sync}, {config.precision}, {config.hours} hours")
+devices = [device.name for device in tf.config.list_logical_devices()]
+print(*devices, config.precision, f"{config.hours} hours", sep=", ")
 
 # %% [markdown]
 # What a session leaves in its output folder, a later one takes up: attach that output, and networks
