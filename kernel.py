@@ -1770,26 +1770,20 @@ print(f"Dice {score_decisions(areas, overlaps, decisions['half']).mean():.4f}")
 
 
 # %% tags=["nbval-ignore-output"]
-def tune_rules(areas, overlaps):
-    """Each class's best threshold, 1 to 255, and minimum area in pixels: int (classes, 2).
+def use_area(config, areas, overlaps, presence):
+    """A way to decide: the best threshold, 1 to 255, and minimum area in pixels of each class.
 
     All are scored, 255 thresholds times 60 areas, up to 0.295 of a map. Of the best, the one
     nearest to one half.
     """
-    minima, rules = np.round(np.arange(0, 0.3, 0.005) * areas[0, 0, 0]).astype(int), []
+    minima = np.round(np.arange(0, 0.3, 0.005) * areas[0, 0, 0]).astype(int)
+    nearest = np.argsort(abs(np.arange(256) - 128), kind="stable")[:-1]  # thresholds but 0
     empty, scores = overlaps[..., :1] == 0, dice(overlaps, areas + overlaps[..., :1])
-    for area, score, absent in zip(*(np.moveaxis(part, 1, 0) for part in (areas, scores, empty))):
-        grid = [np.where(area >= least, score, absent).mean(axis=0)[1:] for least in minima]
-        best = np.argwhere(np.isclose(grid, np.max(grid), rtol=0, atol=1e-12)) + (0, 1)
-        least, threshold = min(best, key=lambda rule: (abs(rule[1] - 128), rule[0]))
-        rules.append((threshold, minima[least]))
-    return np.array(rules)
-
-
-def use_area(config, areas, overlaps, presence):
-    """A way to decide: the best threshold and minimum area of each class."""
-    thresholds, least = tune_rules(areas, overlaps).T
-    chosen = np.arange(len(thresholds)), thresholds
+    grid = [np.where(areas >= least, scores, empty).mean(axis=0)[:, nearest] for least in minima]
+    grid = np.stack(grid, axis=-1).reshape(len(CLASSES), -1)  # by threshold, then by area
+    best = np.isclose(grid, grid.max(axis=1, keepdims=True), rtol=0, atol=1e-12).argmax(axis=1)
+    thresholds, least = nearest[best // len(minima)], minima[best % len(minima)]
+    chosen = np.arange(len(CLASSES)), thresholds
     return lambda areas, presence: np.where(areas[:, *chosen] >= least, thresholds, EMPTY)
 
 

@@ -163,7 +163,7 @@ def test_tuned_threshold_and_area_are_the_optimum_of_all(kernel, seed, count):
     areas, overlaps = count_all(kernel, maps, masks)
     decide = kernel.use_area(kernel.SAMPLE, areas, overlaps, None)
     found = score_slowly(maps, masks, decide(areas, None)).mean(axis=0)
-    assert kernel.tune_rules(areas, overlaps)[:, 0].min() >= 1
+    assert decide(np.full_like(areas, 10**6), None).min() >= 1
     minima = [round(share / 200 * 9 * 11) for share in range(60)]  # up to .295 of a map
     minima, best = np.unique(minima)[:, None, None], np.zeros(4)
     empty = kernel.score_decisions(areas, overlaps, np.full((count, 4), kernel.EMPTY))
@@ -179,9 +179,10 @@ def test_among_equal_rules_the_one_nearest_to_one_half_wins(kernel):
     maps[:, :100] = 250
     masks = (maps > 0).astype(int)
     masks[..., 3] = 0  # absent, so that every rule which predicts nothing scores 1
-    rules = kernel.tune_rules(*count_all(kernel, maps, masks))
-    assert rules[:3].tolist() == [[128, 0]] * 3
-    assert rules[3, 0] == 128 and rules[3, 1] > 100 * 525
+    decide = kernel.use_area(kernel.SAMPLE, *count_all(kernel, maps, masks), None)
+    for area, expected in ((0, [128] * 3), (100 * 525, [128] * 3), (350 * 525, [128] * 4)):
+        decisions = decide(np.full((1, 4, 256), area), None)[0].tolist()
+        assert decisions == expected + [kernel.EMPTY] * (4 - len(expected))
 
 
 @given(seed=st.integers(0, 1000), recall=st.floats(0.05, 1))
