@@ -1824,14 +1824,14 @@ print(f"Dice {score_decisions(areas, overlaps, decisions['gated']).mean():.4f}")
 
 # %% tags=["nbval-ignore-output"]
 def describe_maps(areas, presence):
-    """What a class's presence is judged by: float (pictures, 5), all as logits.
+    """What presence is judged by: float (..., 5), all as logits.
 
     The classifier's probability, the values that 2, 10 and 30 % of the map reach, and its mean.
+    `areas` are (..., 256), `presence` is (...).
     """
-    pixels = areas[:, :1]
-    reached = [(areas >= share * pixels).sum(axis=1) - 1 for share in (0.02, 0.1, 0.3)]
-    mean = areas[:, 1:].sum(axis=1) / pixels[:, 0]
-    shares = np.column_stack([presence, np.column_stack([*reached, mean]) / 255])
+    reached = [(areas >= share * areas[..., :1]).sum(axis=-1) - 1 for share in (0.02, 0.1, 0.3)]
+    mean = areas[..., 1:].sum(axis=-1) / areas[..., 0]
+    shares = np.stack([presence, *(value / 255 for value in (*reached, mean))], axis=-1)
     return special.logit(np.clip(shares, 1e-3, 1 - 1e-3))
 
 
@@ -1854,21 +1854,19 @@ def calibrate(areas, overlaps, presence):
 def use_expectation(config, areas, overlaps, presence):
     """A way to decide: the mask of the highest expected Dice."""
     columns = (np.moveaxis(part, 1, 0) for part in (areas, overlaps, presence))
-    fitted = [calibrate(*column) for column in zip(*columns)]
+    judges, probabilities = zip(*map(calibrate, *columns))
 
     def decide(areas, presence):
-        decisions, gains = np.empty(presence.shape, int), np.empty(presence.shape)
-        for index, (judge, probabilities) in enumerate(fitted):
-            area = areas[:, index]
-            true = -np.diff(area, append=0) * probabilities
-            overlap = true[:, ::-1].cumsum(axis=1)[:, ::-1]
-            expected = (2 * overlap / np.maximum(area + overlap[:, :1], 1e-9))[:, 1:]
-            there = judge.predict_proba(describe_maps(area, presence[:, index]))[:, 1]
-            decisions[:, index] = expected.argmax(axis=1) + 1  # without the whole picture
-            gains[:, index] = there * expected.max(axis=1) - (1 - there)
+        true = -np.diff(areas, append=0) * probabilities
+        overlap = true[..., ::-1].cumsum(axis=-1)[..., ::-1]
+        expected = (2 * overlap / np.maximum(areas + overlap[..., :1], 1e-9))[..., 1:]
+        features = np.moveaxis(describe_maps(areas, presence), 1, 0)
+        there = [judge.predict_proba(x)[:, 1] for judge, x in zip(judges, features)]
+        there = np.stack(there, axis=1)
+        gains = there * expected.max(axis=-1) - (1 - there)
         predicted = gains > 0
         predicted[np.arange(len(gains)), gains.argmax(axis=1)] = True  # at least one
-        return np.where(predicted, decisions, EMPTY)
+        return np.where(predicted, expected.argmax(axis=-1) + 1, EMPTY)  # not the whole picture
 
     return decide
 
