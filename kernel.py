@@ -348,14 +348,14 @@ plt.show()
 # ## Choose
 #
 # Everything that can be chosen is a field of `Config`. Its parent classes say what a field shapes:
-# every network, the classifiers or the U-Net. Its own fields say which networks there are, how they
-# are run and what is done with them. The defaults are the paper's: `PAPER`. `BEST` departs from it
-# where there is a reason to, with gains that were measured on small copies of real pictures (see
-# `tests/benchmarks`). There, after the same short time from ImageNet's features, it scored .010
-# more than `PAPER`, from .006 to .015, and .009 more than the recipe of the competition's popular
-# notebooks, from .004 to .014. The gains beside its fields come from different trainings and do not
-# add up; sigmoids were not measured alone. `SAMPLE` is `BEST` cut down until two CPU cores run the
-# whole notebook in minutes.
+# every network, or the U-Net. Its own fields say which networks there are, on which images and how
+# long they are trained, and what is done with them. The defaults are the paper's: `PAPER`. `BEST`
+# departs from it where there is a reason to, with gains that were measured on small copies of real
+# pictures (see `tests/benchmarks`). There, after the same eight minutes from ImageNet's features,
+# it scored .010 more than `PAPER`, from .006 to .015, and .009 more than the recipe of the
+# competition's popular notebooks, from .004 to .014. The gains beside its fields come from
+# different trainings and do not add up; sigmoids were not measured alone. `SAMPLE` is `BEST` cut
+# down until two CPU cores run the whole notebook in minutes.
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net and the way
 # from probabilities to masks; these are our choices. `PAPER`'s decoder is as wide as
@@ -398,33 +398,16 @@ class NetworkConfig:
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
-class BaselineConfig(NetworkConfig):
-    """What shapes a classifier whose encoder stays as it is."""
-
-    classifier_size: tuple[Side, Side] = (224, 336)  # of its images; B7 was made for 600 rows
-    baseline_epochs: Count = 20
-
-
-@pydantic.dataclasses.dataclass(frozen=True)
-class ClassifierConfig(BaselineConfig):
-    """What shapes a classifier that begins as a baseline and is then fine-tuned."""
-
-    classifier_epochs: Count = 20
-
-
-@pydantic.dataclasses.dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
     """What shapes EfficientUNet."""
 
-    image_size: tuple[Halved, Halved] = (1312, 2080)  # of its images, in multiples of 32
-    epochs: Count = 10  # passes over the training pictures, each as it is and once augmented
     cross_entropy_weight: Share = 0.7  # in its loss, the rest is Dice loss
     decoder_width: Scale = 1.0  # of its maps, whose channels are 256, 128, 64, 32 and 16 at 1
 
 
 # %%
 @pydantic.dataclasses.dataclass(frozen=True)
-class Config(ClassifierConfig, UNetConfig):
+class Config(UNetConfig):
     """All choices of a run; a value that is not allowed raises a ValueError.
 
     None as precision or hours takes what suits the device, and all that Kaggle grants.
@@ -432,6 +415,11 @@ class Config(ClassifierConfig, UNetConfig):
 
     encoders: tuple[Encoder, ...] = ("efficientnetb0",)  # or coefficients of (width, depth)
     held_out: tuple[int, ...] = (0,)  # folds that are held out, one after the other
+    classifier_size: tuple[Side, Side] = (224, 336)  # of its images; B7 was made for 600 rows
+    baseline_epochs: Count = 20  # of a classifier whose encoder stays as it is
+    classifier_epochs: Count = 20  # of one that goes on from there with all of its weights
+    image_size: tuple[Halved, Halved] = (1312, 2080)  # of the U-Net's images
+    epochs: Count = 10  # of the U-Net: each picture as it is and once augmented
     gate_recall: Share = 0.94  # share of a class's pictures in which the classifier has to find it
     flips: bool = False  # predict each picture and its three mirror images, and take the mean
     decision: Literal["half", "threshold and area", "gated", "expected"] = "threshold and area"
@@ -1052,10 +1040,11 @@ def choose_batch_size(config, network, memory=None):
 
 # %% [markdown]
 # Beside a network's weights stands what shaped it, in `settings.json`: its fields of the
-# configuration, a checksum of the pictures' folds and labels, and the source text of five
-# functions: the one that builds the network, its loss, `build_part`, `make_augmentation` and
-# `learning_rate`. If one of these changes, the network is trained anew when its training cell runs
-# again. Changes elsewhere are not noticed. The fields that shape each kind of network:
+# configuration, the size of its images, its epochs, the folder of the network that it begins with,
+# a checksum of the pictures' folds and labels, and the source text of five functions: the one that
+# builds the network, its loss, `build_part`, `make_augmentation` and `learning_rate`. If one of
+# these changes, the network is trained anew when its training cell runs again. Changes elsewhere
+# are not noticed. The fields that shape every network, and the U-Net:
 
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
@@ -1074,7 +1063,8 @@ def choose_folder(config, network, pictures, output):
     watched = network.build, network.loss, build_part, make_augmentation, learning_rate
     labels = pd.util.hash_pandas_object(pictures[["fold", *CLASSES]])
     settings = {field.name: getattr(config, field.name) for field in fields(network.shape)}
-    settings |= {"size": network.size, "pictures": int(labels.sum())}
+    settings |= {"size": network.size, "epochs": network.epochs, "pictures": int(labels.sum())}
+    settings["start"] = network.start and network.start.parent.name
     settings |= {f"code of {f.__name__}": inspect.getsource(inspect.unwrap(f)) for f in watched}
     text = json.dumps(settings, indent=2, sort_keys=True)
     settings = json.loads(text)  # as the file has them
@@ -1109,7 +1099,7 @@ def build_network(config, network, weights=None):
     return model
 
 
-for shape in (BaselineConfig, ClassifierConfig, UNetConfig):
+for shape in (NetworkConfig, UNetConfig):
     print(f"{shape.__name__}:", *(field.name for field in fields(shape)))
 
 # %% [markdown]
@@ -1338,14 +1328,14 @@ def train(config, networks, pictures, output, end, predictions=0):
 
 # %% tags=["nbval-ignore-output"]
 members = list(itertools.product(config.encoders, config.held_out))
-parts = BaselineConfig, config.classifier_size, config.baseline_epochs
+parts = NetworkConfig, config.classifier_size, config.baseline_epochs
 parts += build_classifier, classifier_loss, accuracy
 baselines = [Network("baseline", *member, *parts) for member in members]
 end = time.monotonic() + (session_end - time.monotonic()) / 10
 baselines = train(config, baselines, pictures, output, end)
 
 # %% tags=["nbval-ignore-output"]
-changes = {"kind": "classifier", "shape": ClassifierConfig, "epochs": config.classifier_epochs}
+changes = {"kind": "classifier", "epochs": config.classifier_epochs}
 classifiers = [replace(b, start=b.folder / "weights.h5", **changes) for b in baselines]
 end = time.monotonic() + (session_end - time.monotonic()) / 5
 classifiers = train(config, classifiers, pictures, output, end)

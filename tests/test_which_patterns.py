@@ -1045,25 +1045,31 @@ def choose(kernel, config, pictures, output, kind="U-Net", **changes):
     """The folder of a network, as the notebook plans it, but changed."""
     (output / "networks").mkdir(parents=True, exist_ok=True)
     network = replace(plan(kernel, config)[kind], **changes)
+    if kind == "classifier":  # it begins with the baseline of the same configuration
+        baseline = choose(kernel, config, pictures, output, "baseline")
+        network = replace(network, start=baseline / "weights.h5")
     return kernel.choose_folder(config, network, pictures, output)
 
 
 @pytest.mark.parametrize(
     ("kind", "shape", "own"),
     [
-        ("baseline", "BaselineConfig", ["build_classifier", "classifier_loss"]),
-        ("classifier", "ClassifierConfig", ["build_classifier", "classifier_loss"]),
+        ("baseline", "NetworkConfig", ["build_classifier", "classifier_loss"]),
+        ("classifier", "NetworkConfig", ["build_classifier", "classifier_loss"]),
         ("U-Net", "UNetConfig", ["build_efficient_unet", "unet_loss"]),
     ],
 )
 def test_settings_are_what_shapes_a_network(kernel, tiny, pictures, tmp_path, kind, shape, own):
-    """Its fields of the configuration, its pictures, and the source text of five functions."""
+    """Its fields of the configuration, its own values and the source text of five functions."""
     folder = choose(kernel, tiny, pictures, tmp_path, kind)
     assert re.fullmatch(f"efficientnet-0.5-0.3-fold1-{kind}-[0-9a-f]{{8}}", folder.name)
     settings = json.loads((folder / "settings.json").read_text())
     for name in [*own, "build_part", "make_augmentation", "learning_rate"]:
         assert settings.pop(f"code of {name}") == inspect.getsource(getattr(kernel, name))
     assert settings.pop("size") == [64, 96] and isinstance(settings.pop("pictures"), int)
+    assert settings.pop("epochs") == plan(kernel, tiny)[kind].epochs
+    start = choose(kernel, tiny, pictures, tmp_path, "baseline").name
+    assert settings.pop("start") == (start if kind == "classifier" else None)
     names = [field.name for field in fields(getattr(kernel, shape))]
     expected = {name: getattr(tiny, name) for name in names}
     assert settings == json.loads(json.dumps(expected))
@@ -1123,7 +1129,7 @@ def test_no_other_edit_asks_for_another_training(kernel, tiny, pictures, tmp_pat
         ({"epochs": 2}, "epochs"),
         ({"seed": 1, "rotation_limit": 5.0}, "rotation_limit, seed"),
         ({"batch_size": 4}, "batch_size"),
-        ({"image_size": (32, 64)}, "image_size, size"),
+        ({"image_size": (32, 64)}, "size"),
         ({"cross_entropy_weight": 0.5}, "cross_entropy_weight"),
     ],
 )

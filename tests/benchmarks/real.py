@@ -313,12 +313,12 @@ def run_way(way, seed, args, kept):
             config = replace(config, encoder_weights=str(path))
         share = CLASSIFIER_SHARE * (4 if way in LONGER else 1)
         shared = pictures, args.output, time.process_time() + whole * share
-        own = {"kind": "baseline", "shape": KERNEL.BaselineConfig, "size": config.classifier_size}
+        own = {"kind": "baseline", "shape": KERNEL.NetworkConfig, "size": config.classifier_size}
         own |= {"build": KERNEL.build_classifier, "loss": KERNEL.classifier_loss}
         own |= {"measure": KERNEL.accuracy, "epochs": config.baseline_epochs, "model": None}
         baseline = train(config, replace(unet, **own | LONGER.get(way, {})), *shared)
-        own = {"kind": "classifier", "shape": KERNEL.ClassifierConfig}
-        own |= {"epochs": config.classifier_epochs, "start": baseline.folder / "weights.h5"}
+        own = {"kind": "classifier", "epochs": config.classifier_epochs}
+        own["start"] = baseline.folder / "weights.h5"
         classifier = train(config, replace(baseline, **own), *shared)
         if way == "mirrored":
             classifier = replace(classifier, model=mirror(classifier.model))
