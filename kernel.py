@@ -599,17 +599,18 @@ def warn(about, text):
     print("Warning:", text)
 
 
-def find_faults(paths):
-    """What is wrong with the broken ones of some images of a folder: a dictionary by name.
+def leave_out_broken(pictures, share=1):
+    """The pictures of a folder whose files can be decoded, a part of the table.
 
-    `paths` is indexed by name. Decodes all once, small, and warns of them, and of several sizes.
-    Raises FileNotFoundError if an image is not there, or is empty.
+    Decodes all once, small, and warns of broken ones, and of several sizes. Raises
+    FileNotFoundError if a file is not there, or is empty, and ValueError if more than a share of
+    them is broken.
     """
-    folder = paths.iloc[0].parent
+    folder = pictures["path"].iloc[0].parent
     there = {file.name for file in os.scandir(folder) if file.is_file() and file.stat().st_size}
-    if lacking := sorted(set(paths.index) - there):
+    if lacking := sorted(set(pictures.index) - there):
         alike = [f" (there is {name})" for name in there if name.lower() == lacking[0].lower()]
-        text = f"{len(lacking)} of {len(paths)} images are missing or empty{''.join(alike)}"
+        text = f"{len(lacking)} of {len(pictures)} images are missing or empty{''.join(alike)}"
         raise FileNotFoundError(f"{folder}: {text}: {', '.join(lacking[:5])}")
 
     def look(path):
@@ -620,15 +621,17 @@ def find_faults(paths):
             return str(error)
 
     threads = joblib.Parallel(joblib.cpu_count(), prefer="threads")
-    looks = threads(joblib.delayed(look)(path) for path in paths)
-    faults = {name: result for name, result in zip(paths.index, looks) if isinstance(result, str)}
-    sizes = sorted({result for result in looks if not isinstance(result, str)})
+    looks = pd.Series(threads(joblib.delayed(look)(path) for path in pictures["path"]))
+    broken = looks.map(type).eq(str).to_numpy()
+    sizes, faults = sorted(set(looks[~broken])), [*looks[broken]]
     text = f"{folder} has images of {', '.join(map(str, sizes[:3]))}"
     warn(f"sizes in {folder}", f"{text}, used as they are.") if len(sizes) > 1 else print(text)
     if faults:
-        text = f"{len(faults)} of {len(paths)} images are left out: "
-        warn(f"images in {folder}", text + " ".join([*faults.values()][:5]))
-    return faults
+        text = f"{len(faults)} of {len(pictures)} images are left out: {' '.join(faults[:5])}"
+        warn(f"images in {folder}", text)
+    if len(faults) > share * len(pictures):
+        raise ValueError(f"More than broken_share: {' '.join(faults[:5])}")
+    return pictures[~broken].copy()
 
 
 # %% [markdown]
@@ -646,11 +649,7 @@ def assign_folds(labels, folds, seed):
     return pd.Series(np.arange(len(labels)) % folds, order, name="fold").reindex(labels.index)
 
 
-pictures = all_pictures[: config.image_limit]
-faults = find_faults(pictures["path"])
-if len(faults) > config.broken_share * len(pictures):
-    raise ValueError(f"More than broken_share: {' '.join(sorted(faults.values())[:5])}")
-pictures = pictures.drop(index=list(faults))
+pictures = leave_out_broken(all_pictures[: config.image_limit], config.broken_share)
 if absent := [name for name in CLASSES if not (pictures[name] != "").any()]:
     warn("classes", f"No picture is labelled with {', '.join(absent)}.")
 pictures["fold"] = assign_folds(pictures, config.folds, config.seed)
@@ -659,7 +658,7 @@ rows = read_rows(sample_path, SUBMISSION_SIZE)
 test_names = rows["image"].unique()
 paths = [source / "test_images" / name for name in test_names]
 test_pictures = pd.DataFrame({"path": paths}, test_names)[: config.image_limit]
-test_pictures = test_pictures.drop(index=list(find_faults(test_pictures["path"])))
+test_pictures = leave_out_broken(test_pictures)
 numbers = f"{len(pictures)} for {config.folds} folds, {len(test_pictures)} to test"
 if config.image_limit:
     warn("image_limit", f"Only a part of the pictures is used: {numbers}.")
