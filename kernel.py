@@ -1666,8 +1666,7 @@ def count_validation(predictors, pictures):
     Returns the areas and overlaps of every mask, int (predictors + 1, 2, pictures, classes, 256).
     """
     counts = []
-    rows = pictures[CLASSES].to_numpy()
-    for several, rles in zip(predict_maps(predictors, pictures), rows):
+    for several, rles in zip(predict_maps(predictors, pictures), pictures[CLASSES].to_numpy()):
         masks = split_planes(read_plane(rles, SUBMISSION_SIZE)).numpy()
         counts.append([(count_pixels(maps), count_pixels(maps, masks)) for maps in several])
     return np.moveaxis(np.array(counts), 0, 2)
@@ -1675,15 +1674,15 @@ def count_validation(predictors, pictures):
 
 # %% tags=["nbval-ignore-output"]
 predictors = [replace(u, model=build_predictor(u.model, config.flips)) for u in unets]
-member_counts, fold_counts, names = {}, [], []
-for fold in sorted({p.fold for p in predictors}):
-    others, part = [p for p in predictors if p.fold == fold], pictures[pictures["fold"] == fold]
+judged_pictures = pictures[pictures["fold"].isin([p.fold for p in predictors])]
+judged_pictures = judged_pictures.sort_values("fold", kind="stable")
+member_counts, fold_counts = {}, []
+for fold, part in judged_pictures.groupby("fold"):
+    others = [p for p in predictors if p.fold == fold]
     *several, mean = count_validation(others, part)
     member_counts |= {(p.encoder, p.fold): counts for p, counts in zip(others, several)}
     fold_counts.append(mean)
-    names.extend(part.index)
 areas, overlaps = np.concatenate(fold_counts, axis=1)
-judged_pictures = pictures.loc[names]
 probabilities = presence.loc[judged_pictures.index].to_numpy()
 
 # %% [markdown]
@@ -1983,9 +1982,7 @@ write_submission(rles, sample_path, submission_path)
 submission = check_submission(submission_path, sample_path)
 print(f"submission.csv passes: {len(submission):,} rows for {len(test_names):,} pictures.")
 written = submission.set_index("Image_Label")["EncodedPixels"]
-print(
-    "Its masks are the predicted ones:", all(written[label] == rle for label, rle in rles.items())
-)
+print("Its masks are the predicted ones:", written[[*rles]].to_dict() == rles)
 
 # %% [markdown]
 # Six test pictures with the masks that the file has for them:
