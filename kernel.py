@@ -997,8 +997,6 @@ from collections.abc import Callable
 
 from tensorflow.python.client import device_lib
 
-DEPTHS = (1.0, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6, 3.1)  # of B0 to B7
-
 
 @dataclass(frozen=True)
 class Network:
@@ -1032,7 +1030,8 @@ def choose_batch_size(config, network, memory=None):
     memory = memory or min((gpu.memory_limit / 2**30 for gpu in gpus), default=15)
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     pair = isinstance(network.encoder, tuple)
-    depth = max(network.encoder) if pair else DEPTHS[int(network.encoder[-1])]
+    depths = (1.0, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6, 3.1)  # of B0 to B7
+    depth = max(network.encoder) if pair else depths[int(network.encoder[-1])]
     each = (3.3 if config.precision == "float32" else 1.8) * depth * math.prod(network.size) / 1e6
     return max(1, min(int(0.8 * memory / each), config.batch_size // replicas)) * replicas
 
