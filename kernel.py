@@ -785,8 +785,8 @@ show(images, list(map(split_planes, planes)), titles, columns=3)
 
 
 # %%
-def make_dataset(load, examples, batch_size, shapes):
-    """A tf.data.Dataset of full batches of arrays, uint8 of some shapes, prefetched.
+def make_dataset(load, examples, batch_size, kinds):
+    """A tf.data.Dataset of full batches of arrays of some kinds (shape, type), prefetched.
 
     They are what load(index, draw) returns for each pair that the function `examples` yields; as
     many are loaded at once as there are processors.
@@ -794,8 +794,8 @@ def make_dataset(load, examples, batch_size, shapes):
     cv2.setNumThreads(1)  # examples run in parallel, their parts need not
 
     def load_in_graph(example):
-        arrays = tf.numpy_function(load, tf.unstack(example), [tf.uint8] * len(shapes))
-        return tuple(map(tf.ensure_shape, arrays, shapes))
+        arrays = tf.numpy_function(load, tf.unstack(example), [kind for _, kind in kinds])
+        return tuple(tf.ensure_shape(a, shape) for a, (shape, _) in zip(arrays, kinds))
 
     dataset = tf.data.Dataset.from_generator(examples, output_signature=tf.TensorSpec(2, tf.int64))
     dataset = dataset.map(load_in_graph, joblib.cpu_count())  # AUTOTUNE would load more
@@ -825,7 +825,7 @@ def training_batches(config, pictures, size, batch_size, done):
     def load(index, draw):
         return load_example(config, rows[index], size, draw)
 
-    return make_dataset(load, examples, batch_size, [(*size, 3), size])
+    return make_dataset(load, examples, batch_size, [((*size, 3), "uint8"), (size, "uint8")])
 
 
 def ordered_batches(pictures, size, batch_size, with_planes=False):
@@ -836,20 +836,16 @@ def ordered_batches(pictures, size, batch_size, with_planes=False):
     pictures.
     """
     rows, count = [row for _, row in pictures.iterrows()], len(pictures)
-    rows += rows[-1:] * (-count % batch_size)
-    examples = [(index, AS_IS) for index in range(len(rows))]
+    examples = [(index, AS_IS) for index in range(count + -count % batch_size)]
 
     def load(index, draw):
-        image = read_image(rows[index]["path"], size)
-        return (image, read_plane(rows[index][CLASSES], size)) if with_planes else image
+        picture = rows[min(index, count - 1)]
+        image = read_image(picture["path"], size)
+        weight = np.float32(len(examples) / count if index < count else 0)
+        return (image, read_plane(picture[CLASSES], size), weight) if with_planes else image
 
-    shapes = [(*size, 3), size][: 1 + with_planes]
-    batches = make_dataset(load, lambda: examples, batch_size, shapes)
-    if not with_planes:
-        return batches
-    weights = np.where(np.arange(len(rows)) < count, len(rows) / count, 0).astype(np.float32)
-    weights = tf.data.Dataset.from_tensor_slices(weights).batch(batch_size, True)  # no rest
-    return tf.data.Dataset.zip((batches, weights)).map(lambda pair, weight: (*pair, weight))
+    kinds = [((*size, 3), "uint8"), (size, "uint8"), ((), "float32")][: 3 if with_planes else 1]
+    return make_dataset(load, lambda: examples, batch_size, kinds)
 
 
 # %% [markdown]

@@ -315,7 +315,9 @@ def test_no_more_examples_are_read_at_once_than_there_are_processors(
 
     monkeypatch.setattr(kernel.joblib, "cpu_count", lambda: processors)
     examples = [(index, kernel.AS_IS) for index in range(12)]
-    batches = kernel.make_dataset(load, lambda: examples, 4, [(8, 12, 3), (8, 12)])
+    batches = kernel.make_dataset(
+        load, lambda: examples, 4, [((8, 12, 3), "uint8"), ((8, 12), "uint8")]
+    )
     images, _ = collect(batches)
     assert images[:, 0, 0, 0].tolist() == list(range(12)) and len(most) == 12
     assert max(most) <= processors
