@@ -1891,17 +1891,16 @@ comparison.round(4).astype(object).where(comparison.notna(), "")
 # masks and with the predicted ones:
 
 # %% alt="Three pictures with their true masks; below the same three with the predicted masks"
-score = pd.Series(scores[config.decision].mean(axis=1), judged_pictures.index).sort_values()
-names = score.index[[-1, len(score) // 2, 0]]
-decided = pd.DataFrame(decisions[config.decision], judged_pictures.index)
-images, planes = zip(*(load_example(config, pictures.loc[name], SUBMISSION_SIZE) for name in names))
-masks = []
-for name in names:
-    others = [p for p in predictors if p.fold == pictures.loc[name, "fold"]]
-    ((*_, maps),) = predict_maps(others, pictures.loc[[name]])
-    masks.append(maps >= decided.loc[name].to_numpy())
-titles = ["true masks"] * 3 + [f"predicted, mean Dice {score[name]:.3f}" for name in names]
-show(images * 2, [*split_planes(planes), *masks], titles, columns=3)
+score, examples = scores[config.decision].mean(axis=1), []
+for place in score.argsort(kind="stable")[[-1, len(score) // 2, 0]]:
+    picture = judged_pictures.iloc[place]
+    image, plane = load_example(config, picture, SUBMISSION_SIZE)
+    others = [p for p in predictors if p.fold == picture["fold"]]
+    ((*_, maps),) = predict_maps(others, judged_pictures.iloc[[place]])
+    examples.append((image, split_planes(plane), "true masks"))
+    title = f"predicted, mean Dice {score[place]:.3f}"
+    examples.append((image, maps >= decisions[config.decision][place], title))
+show(*zip(*examples[::2], *examples[1::2]), columns=3)
 
 # %% [markdown]
 # ## The submission
