@@ -1529,21 +1529,16 @@ pd.Series(dice(np.array([1, 0, 0, 0]), np.array([2 + 1, 2 + 1, 0 + 1, 0 + 0])), 
 
 
 # %%
-def exclude_overlaps(masks):
-    """Masks (batch, height, width, classes) to one-hot background and classes, one per pixel.
-
-    Where masks overlap, the class with the smallest area in its image wins.
-    """
-    rank = masks / (1 + tf.reduce_sum(masks, axis=(1, 2), keepdims=True))  # of smaller ones higher
-    winner = tf.where(tf.reduce_any(masks > 0, axis=-1), tf.argmax(rank, axis=-1) + 1, 0)
-    return tf.one_hot(winner, len(CLASSES) + 1, dtype=masks.dtype)
-
-
 def unet_loss(config, planes, probabilities):
-    """The paper's loss of planes (batch, height, width) and probabilities, for each picture."""
+    """The paper's loss of planes (batch, height, width) and probabilities, for each picture.
+
+    For softmax each pixel is of one class, where masks overlap of the smaller one, or background.
+    """
     truth = tf.cast(split_planes(planes), probabilities.dtype)
     if config.activation == "softmax":
-        truth = exclude_overlaps(truth)
+        rank = truth / (1 + tf.reduce_sum(truth, axis=(1, 2), keepdims=True))  # of smaller higher
+        winner = tf.where(tf.reduce_any(truth > 0, axis=-1), tf.argmax(rank, axis=-1) + 1, 0)
+        truth = tf.one_hot(winner, len(CLASSES) + 1, dtype=truth.dtype)
     entropy = tf.reduce_mean(cross_entropy(config, truth, probabilities), axis=(1, 2))
     truth, probabilities = truth[..., -len(CLASSES) :], probabilities[..., -len(CLASSES) :]
     overlap = tf.reduce_sum(truth * probabilities, axis=(1, 2))
