@@ -220,6 +220,24 @@ def test_a_run_with_many_faults_ends_with_a_submission_and_its_cells_run_twice(
         assert f"Warning: {warning}\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("row", "encoder", "value"),
+    [
+        ("I: baseline accuracy", "B0", 0.670),
+        ("I: fine-tuned accuracy", "B5", 0.732),
+        ("II: Dice, cross-validation", "B1", 0.6423),
+        ("II: Dice, private leaderboard", "B3", 0.64585),
+        ("III: Dice, private leaderboard", "B0", 0.6611),
+        ("III: Dice, cross-validation", "B2", 0.6589),
+    ],
+)
+def test_the_paper_s_tables_are_as_they_are_printed(row, encoder, value):
+    lines = [line.strip("|").split(" | ") for line in re.findall(r"(?m)^# \| (.+) \|$", CELLS)]
+    (head,) = (cells for cells in lines if cells[0] == "paper")
+    (cells,) = (cells for cells in lines if cells[0] == row)
+    assert len(head) == len(cells) == 7 and float(cells[head.index(encoder)]) == value
+
+
 def test_metadata_is_what_kaggle_reads():
     """Whoever pushes puts a name of their own and another accelerator."""
     metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
