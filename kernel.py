@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Understanding clouds with EfficientUNet
 #
-# ![Three synthetic pictures of clouds, above with the outlines of their true masks, unions of boxes,
-# below with those of the predicted masks and their Dice](attachment:prediction.jpg)
+# ![Three synthetic pictures of clouds, above with the outlines of their true masks, below with
+# those of the predicted masks and their Dice](attachment:prediction.jpg)
 #
 # *The best, the median and the worst of the held-out pictures below, with their true masks and,
 # under these, with the predicted ones and the mean Dice of the four classes, where one that is
@@ -71,18 +71,18 @@ import sys
 import time
 from importlib import metadata, util
 
-STARTED = globals().get("STARTED", time.monotonic())  # the session's hours count from here
+started = globals().get("started", time.monotonic())  # the session's hours count from here
 ON_KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
-PACKAGES = {  # by a module that is missing without them
-    "segmentation_models": "segmentation-models==1.0.1 image-classifiers==1.0.0",
-    "efficientnet": "efficientnet==1.0.0 keras-applications==1.0.8",
-    "skimage": "scikit-image==0.25.2 lazy-loader==0.4",
-}
 
 
 def list_pip_calls(environment=os.environ, find_module=util.find_spec):
     """The arguments of the calls of pip that bring what is missing, in their order."""
-    missing = " ".join(pins for module, pins in PACKAGES.items() if not find_module(module))
+    packages = {  # by a module that is missing without them
+        "segmentation_models": "segmentation-models==1.0.1 image-classifiers==1.0.0",
+        "efficientnet": "efficientnet==1.0.0 keras-applications==1.0.8",
+        "skimage": "scikit-image==0.25.2 lazy-loader==0.4",
+    }
+    missing = " ".join(pins for module, pins in packages.items() if not find_module(module))
     calls = [f"install --no-deps {missing}"] if missing else []
     there = any(metadata.distributions(name="tensorflow-tpu"))
     if environment.get("ISTPUVM") == "1" and not there:
@@ -526,7 +526,7 @@ strategy, precision = choose_device()
 granted = 8.75 if isinstance(strategy, tf.distribute.TPUStrategy) else 11.75  # 9 and 12 by Kaggle
 hours = min(config.hours or granted, granted if ON_KAGGLE else math.inf)
 config = replace(config, precision=config.precision or precision, hours=hours)
-session_end = STARTED + 3600 * config.hours
+session_end = started + 3600 * config.hours
 tf.distribute.experimental_set_strategy(strategy)  # from here on, for all networks
 tf.keras.mixed_precision.set_global_policy(config.precision)
 devices = [device.name for device in tf.config.list_logical_devices()]
@@ -745,26 +745,24 @@ def load_example(config, picture, size, draw=AS_IS):
 
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
-STYLES = {"Fish": ("#56b4e9", (6, 0)), "Flower": ("#fe6100", (5, 1))}  # colors and dashes
-STYLES |= {"Gravel": ("#dc267f", (3, 1, 1, 1)), "Sugar": ("#ffd700", (1, 0.7))}  # for all eyes
-
-
 def show(images, masks, titles, columns):
     """Show images of one size with the outlines of their masks, in rows of some columns.
 
     `masks` (height, width, classes) have a line for each class, which is named below.
     """
+    colors = "#56b4e9", "#fe6100", "#dc267f", "#ffd700"
+    styles = [*zip(colors, [(6, 0), (5, 1), (3, 1, 1, 1), (1, 0.7)])]  # dashes for all eyes
     height = 13 / columns * images[0].shape[0] / images[0].shape[1] + 0.4  # inches
     rows = math.ceil(len(images) / columns)
     figure, panels = plt.subplots(rows, columns, figsize=(13, rows * height), layout="constrained")
     for axes, image, parts, title in zip(panels.flat, images, masks, titles):
         axes.imshow(image)
-        for mask, (color, dash) in zip(np.moveaxis(np.asarray(parts), -1, 0), STYLES.values()):
+        for mask, (color, dash) in zip(np.moveaxis(np.asarray(parts), -1, 0), styles):
             if mask.any():
                 edge, style = np.pad(mask[1:-1, 1:-1], 1), [(0, dash)]
                 axes.contour(edge, [0.5], colors=[color], linestyles=style, linewidths=2.5)
         axes.set(title=title, xticks=[], yticks=[])
-    lines = [plt.Line2D([], [], color=c, dashes=d, lw=2.5) for c, d in STYLES.values()]
+    lines = [plt.Line2D([], [], color=c, dashes=d, lw=2.5) for c, d in styles]
     figure.legend(lines, CLASSES, loc="outside lower center", ncols=4, handlelength=4)
     plt.show()
 
@@ -1411,7 +1409,7 @@ for axes, name in zip(panels, truth.columns[truth.any()]):
     gate, precise = find_points(truth[name], presence[name], config.gate_recall)
     axes.plot(gate[2], gate[1], "kv", label=f"recall {config.gate_recall:.2f}")
     axes.plot(precise[2], precise[1], "k>", label="precision 0.90")
-    options = {"name": name, "color": STYLES[name][0], "plot_chance_level": True, "ax": axes}
+    options = {"name": name, "plot_chance_level": True, "ax": axes}
     metrics.PrecisionRecallDisplay.from_predictions(truth[name], presence[name], **options)
     axes.set(title=name, xlabel="recall", ylabel="precision")
 plt.show()
