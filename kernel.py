@@ -432,9 +432,7 @@ class Config(UNetConfig):
         if not self.encoders or not set() < set(self.held_out) <= set(range(self.folds)):
             raise ValueError(f"encoders and held_out are lists, the folds 0 to {self.folds - 1}")
         if any(size[0] > size[1] for size in (self.image_size, self.classifier_size)):
-            raise ValueError(
-                "image_size and classifier_size are (height, width), the width is more"
-            )
+            raise ValueError("image_size and classifier_size are (height, width), not the reverse")
         return self
 
 

@@ -108,7 +108,7 @@ REFUSED = [
     ({"image_size": [1408, 2112]}, "image_size.*less than or equal to 2100.*input_value=2112"),
     ({"image_size": [0, 0]}, "image_size.*greater than or equal to 32.*input_value=0"),
     ({"image_size": 320}, "image_size.*valid array.*input_value=320"),
-    ({"image_size": [480, 320]}, r"are \(height, width\), the width is more.*\[1312, 2080\]"),
+    ({"image_size": [480, 320]}, r"are \(height, width\), not the reverse.*\[1312, 2080\]"),
     ({"image_size": [320.0, 480.0]}, "image_size.*valid integer.*320.0"),
     ({"classifier_size": [224, 2101]}, "classifier_size.*less than or equal to 2100"),
     ({"classifier_size": [96, 64]}, r"image_size and classifier_size are \(height, width\)"),
