@@ -1418,10 +1418,11 @@ plt.show()
 #
 # What does the classifier look at? Grad-CAM weights the maps of the encoder's last layer by how
 # much a class's score rises with them, adds them up and keeps what is positive. Here it is for the
-# held-out picture of each class of which the first classifier is surest.
+# held-out picture of each class of which the first classifier is surest, dimmed where it finds
+# nothing.
 
 
-# %% alt="A picture for each class, the outline of its mask, and the heat that Grad-CAM finds"
+# %% alt="A picture for each class, the outline of its mask, bright where Grad-CAM finds heat"
 def grad_cam(classifier, images):
     """Where a classifier finds each class: float32 (batch, rows, columns, classes), of 0 and more.
 
@@ -1443,7 +1444,7 @@ for only, name in zip(np.eye(4), CLASSES):
     heat = cv2.resize(heat, image.shape[1::-1]) / max(heat.max(), 1e-9)
     mask = split_planes(plane).numpy() * only
     inside = (heat * mask.sum(axis=-1)).sum() / max(heat.sum(), 1e-9)
-    image = 0.5 * image.mean(axis=-1, keepdims=True) / 255 + 0.5 * plt.cm.inferno(heat)[..., :3]
+    image = image / 255 * (0.2 + 0.8 * heat[..., None])
     title = f"{name}: {inside:.0%} of heat, {mask.sum() / heat.size:.0%} of picture"
     examples.append((image, mask, title))
 show(*zip(*examples), columns=4)
