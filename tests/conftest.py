@@ -51,15 +51,9 @@ settings.load_profile("quick")  # pytest --hypothesis-profile deep takes the oth
 
 
 def pytest_collection_modifyitems(items):
-    """Of a notebook's cell compare what it shows, not what libraries say on stderr.
-
-    The cells run one after the other in one kernel, so that one worker has to take them all.
-    """
-    cells = [item for item in items if hasattr(item.parent, "skip_compare")]
-    for notebook in {cell.parent for cell in cells}:
+    """Of a notebook's cell compare what it shows, not what libraries say on stderr."""
+    for notebook in {item.parent for item in items if hasattr(item.parent, "skip_compare")}:
         notebook.skip_compare += ("stderr",)
-    for cell in cells:
-        cell.add_marker(pytest.mark.xdist_group("notebook"))
 
 
 @pytest.fixture(scope="session")
