@@ -358,10 +358,9 @@ present.T.astype(int) @ present.astype(int)
 #
 # The paper leaves open the probability of each augmentation, the epochs of the U-Net, the size of
 # the classifier's images, the schedule of the learning rate and the way from probabilities to
-# masks; these are our choices. `PAPER`'s decoder is as wide as
-# segmentation-models makes it. From the
-# [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published beside
-# the paper come the classifier's epochs, the batch size, `gate_recall` and the classifier's
+# masks; these are our choices. `PAPER`'s decoder is as wide as segmentation-models makes it. From
+# the [notebooks](https://github.com/TashinAhmed/CloudsClassification) that the authors published
+# beside the paper come the classifier's epochs, the batch size, `gate_recall` and the classifier's
 # learning rate, which we use for the U-Net too.
 
 # %%
@@ -861,8 +860,8 @@ print(f"{(~held_out).sum():,} pictures to learn from, {held_out.sum():,} held ou
 # Which patterns does a picture hold? The paper asks EfficientNets. segmentation-models brings B0 to
 # B7. They are one network, B0, in eight sizes: B7 is twice as wide and 3.1 times as deep, and made
 # for larger pictures. `Config.encoders` takes such pairs of width and depth as well, which the
-# paper left for later. ImageNet's weights are found by name, so that a pair needs
-# None or a file as `encoder_weights`.
+# paper left for later. ImageNet's weights are found by name, so that a pair needs None or a file as
+# `encoder_weights`.
 #
 # Images enter as bytes, and the normalisation by ImageNet's mean and deviation is part of the
 # network: no copy of the notebook can forget it. Probabilities leave as float32 whatever the
@@ -979,9 +978,9 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 # there with all of its weights; the *U-Net* follows in [Where?](#Where?).
 #
 # A step takes as many pictures as fit into memory. What one needs grows with its pixels and the
-# encoder: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
-# more than half of that. So the paper's batch of 32 has no room: by this estimate a GPU of 15 GiB
-# takes 2 pictures of 1312 x 2080 in a step of B0.
+# encoder: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little more than
+# half of that. So the paper's batch of 32 has no room: by this estimate a GPU of 15 GiB takes 2
+# pictures of 1312 x 2080 in a step of B0.
 
 # %%
 import zlib
@@ -1005,7 +1004,7 @@ class Network:
     measure: Callable  # likewise; shown beside the loss
     start: Path | None = None  # weights to begin with
     batch_size: int | None = None  # images in a step, on all devices
-    folder: Path | None = None  # of its settings, history, weights, results and state
+    folder: Path | None = None  # of its settings, history, weights and state
     model: tf.keras.Model | None = None
 
     def __str__(self):
@@ -1090,7 +1089,7 @@ def build_network(config, network, weights=None):
 
 
 for shape in (NetworkConfig, UNetConfig):
-    print(f"{shape.__name__}:", *(field.name for field in fields(shape)))
+    print(f"{shape.__name__}:", *shape.__annotations__)
 
 # %% [markdown]
 # A training ends after the configured epochs, or earlier if the time is short. A callback measures
@@ -1517,8 +1516,8 @@ pd.Series(dice(np.array([1, 0, 0, 0]), np.array([2 + 1, 2 + 1, 0 + 1, 0 + 0])), 
 
 # %% [markdown]
 # The loss is 0.7 x cross-entropy + 0.3 x Dice loss. The Dice loss is 1 minus the Dice coefficient
-# of the mask and the probabilities, for each class of each picture, with 1 added to
-# numerator and denominator, so that it is defined for an absent class.
+# of the mask and the probabilities, for each class of each picture, with 1 added to numerator and
+# denominator, so that it is defined for an absent class.
 #
 # Softmax gives each pixel to one class or to the background. Where masks overlap, the paper's
 # network has to choose; we let the class with the smaller mask win. Even a perfect network would
@@ -1581,9 +1580,9 @@ batches = ordered_batches(shown, unet.size, unet.batch_size)
 maps = unet.model.predict(batches, verbose=0)[0, ..., -len(CLASSES) :]
 image, plane = load_example(config, shown.iloc[0], unet.size)
 masks, examples = split_planes(plane).numpy(), []
-for index, name in enumerate(CLASSES):
-    only = masks * np.eye(4)[index]
-    examples.append((maps[..., [index] * 3], only, f"the probability of {name}"))
+for only, name in zip(np.eye(4), CLASSES):
+    grey = np.repeat((maps @ only)[..., None], 3, axis=-1)
+    examples.append((grey, masks * only, f"the probability of {name}"))
 show(*zip((image, masks, "the truth"), *examples), columns=5)
 
 # %% [markdown]
@@ -1783,10 +1782,10 @@ print(f"Dice {score_decisions(areas, overlaps, decisions['gated']).mean():.4f}")
 
 # %% [markdown]
 # A gate can pay only where the classifier knows of presence what the maps do not. The fourth way
-# weighs the two. It maximises the *expected* Dice coefficient of each mask. Let $P$
-# be the probability that the picture holds the class, and $q(v)$ that a pixel of the value $v$ then
-# belongs to it. If $n(v)$ pixels have the value $v$, the mask from the threshold $t$ on has,
-# given presence, about the expected Dice
+# weighs the two. It maximises the *expected* Dice coefficient of each mask. Let $P$ be the
+# probability that the picture holds the class, and $q(v)$ that a pixel of the value $v$ then
+# belongs to it. If $n(v)$ pixels have the value $v$, the mask from the threshold $t$ on has, given
+# presence, about the expected Dice
 #
 # $$D(t) = \frac{2 \sum_{v \geq t} n(v)\,q(v)}{\sum_{v \geq t} n(v) + \sum_v n(v)\,q(v)}.$$
 #
@@ -1836,8 +1835,8 @@ def use_expectation(config, areas, overlaps, presence):
         overlap = true[..., ::-1].cumsum(axis=-1)[..., ::-1]
         expected = (2 * overlap / np.maximum(areas + overlap[..., :1], 1e-9))[..., 1:]
         features = np.moveaxis(describe_maps(areas, presence), 1, 0)
-        there = np.transpose([judge.predict_proba(x)[:, 1] for judge, x in zip(judges, features)])
-        gains = there * expected.max(axis=-1) - (1 - there)
+        chance = np.transpose([judge.predict_proba(x)[:, 1] for judge, x in zip(judges, features)])
+        gains = chance * expected.max(axis=-1) - (1 - chance)
         predicted = gains > 0
         predicted[np.arange(len(gains)), gains.argmax(axis=1)] = True  # at least one
         return np.where(predicted, expected.argmax(axis=-1) + 1, EMPTY)  # not the whole picture
@@ -2008,9 +2007,9 @@ results.round(4)
 # %% [markdown]
 # Table I holds mean validation accuracies. Table II is of EfficientNet without EfficientUNet, and
 # does not say where its masks came from; nearest to it is our `gated`, as the authors' notebooks
-# gate a U-Net's masks. Table III is of
-# EfficientUNet alone; nearest to it is our `threshold and area`. For B0 the paper's text has .6654
-# in cross-validation, and .6602 on the private leaderboard.
+# gate a U-Net's masks. Table III is of EfficientUNet alone; nearest to it is our `threshold and
+# area`. For B0 the paper's text has .6654 in cross-validation, and .6602 on the private
+# leaderboard.
 #
 # | paper | B0 | B1 | B2 | B3 | B4 | B5 |
 # | --- | --- | --- | --- | --- | --- | --- |
