@@ -537,7 +537,7 @@ print(*devices, config.precision, f"{config.hours} hours", sep=", ")
 # several copies of a network it takes the one that was trained furthest.
 
 
-# %% _kg_hide-input=true jupyter={"source_hidden": true}
+# %% _kg_hide-input=true jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 def read_history(folder):
     """A network's losses by epoch; one that was written before a kill and after it counts once."""
     with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError):
