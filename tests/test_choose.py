@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 FIELDS = {  # of Config, by the type that says which networks they shape
     "NetworkConfig": "folds encoder_weights activation batch_norm_momentum averaging seed "
     "augmentation_probability rotation_limit batch_size learning_rate",
-    "UNetConfig": "cross_entropy_weight decoder_width",
+    "UNetConfig": "cross_entropy_weight decoder_filters",
     "Config": "encoders held_out classifier_size baseline_epochs classifier_epochs image_size "
     "epochs gate_recall flips decision precision hours image_limit broken_share",
 }
@@ -56,9 +56,9 @@ def test_paper_is_the_paper_and_the_others_depart_where_they_say(kernel):
     assert (paper.cross_entropy_weight, paper.rotation_limit) == (0.7, 20)
     assert (paper.folds, paper.held_out) == (5, (0,))
     assert (paper.baseline_epochs, paper.classifier_epochs) == (20, 20)
-    assert paper.decoder_width == 1
+    assert paper.decoder_filters == (256, 128, 64, 32, 16)
     own = {"activation": "sigmoid", "decision": "expected", "flips": True, "averaging": True}
-    own["decoder_width"] = 0.5
+    own["decoder_filters"] = (128, 64, 32)
     assert best == kernel.replace(paper, **own)
     assert (sample.activation, sample.decision, sample.flips) == ("sigmoid", "expected", True)
 
@@ -103,7 +103,9 @@ REFUSED = [
     ),
     ({"held_out": 1}, r'held_out.*array.*PAPER has {"held_out": \[0\]}'),
     ({"encoder_weights": 1}, "encoder_weights.*valid string.*input_value=1"),
-    ({"decoder_width": 0}, "decoder_width.*greater than or equal to 0.1.*input_value=0"),
+    ({"decoder_filters": [32, 0]}, "decoder_filters.1.*greater than or equal to 1.*input_value=0"),
+    ({"decoder_filters": []}, "decoder_filters.*at least 1 item"),
+    ({"decoder_filters": [8] * 6}, "decoder_filters.*at most 5 items"),
     ({"image_size": [320, 500]}, "image_size.*multiple of 32.*input_value=500"),
     ({"image_size": [1408, 2112]}, "image_size.*less than or equal to 2100.*input_value=2112"),
     ({"image_size": [0, 0]}, "image_size.*greater than or equal to 32.*input_value=0"),

@@ -26,16 +26,33 @@ def test_unet_takes_bytes_and_gives_float32_probabilities(unets, images, activat
 
 
 @pytest.mark.parametrize(
-    ("encoder", "size", "width"),
-    [("efficientnetb0", (32, 64), 1.0), ("efficientnetb3", (96, 160), 0.5)],
+    ("encoder", "size", "filters"),
+    [
+        ("efficientnetb0", (32, 64), (256, 128, 64, 32, 16)),
+        ("efficientnetb3", (96, 160), (128, 64, 32)),
+        (ENCODER, (64, 96), (8,)),
+    ],
 )
-def test_unet_has_the_parameters_of_the_package_s_own(kernel, tiny, encoder, size, width):
-    model = kernel.build_efficient_unet(kernel.replace(tiny, decoder_width=width), encoder, size)
+def test_unet_has_the_parameters_of_the_package_s_own(kernel, tiny, encoder, size, filters):
+    config = kernel.replace(tiny, decoder_filters=filters)
+    model = kernel.build_efficient_unet(config, encoder, size)
     options = {"classes": 4, "encoder_weights": None}
-    options |= {"decoder_filters": (128, 64, 32, 16, 8)} if width == 0.5 else {}
-    reference = segmentation_models.Unet(encoder, (*size, 3), **options)
+    options |= {"decoder_filters": filters} if len(filters) < 5 else {}
+    reference = segmentation_models.Unet(kernel.name_encoder(encoder), (*size, 3), **options)
     assert model.count_params() == reference.count_params()
     assert model(np.zeros((1, *size, 3), np.uint8)).shape == (1, *size, 4)
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4])
+def test_shorter_decoder_s_logits_are_brought_to_the_image_s_size_bilinearly(
+    kernel, tiny, images, stages
+):
+    config = kernel.replace(tiny, decoder_filters=(8,) * stages, activation="softmax")
+    model = kernel.build_efficient_unet(config, ENCODER, (64, 96))
+    coarse = tf.keras.Model(model.input, model.get_layer("logits").input)(images)
+    assert coarse.shape == (2, 2 * 2**stages, 3 * 2**stages, 5)
+    expected = tf.nn.softmax(tf.image.resize(coarse, (64, 96), "bilinear"))
+    np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-6)
 
 
 def upsampling_layers(unet):
@@ -88,7 +105,7 @@ def test_halves_are_used_in_the_layers_only(kernel, tiny, images, precision):
 def test_the_figure_of_the_network_has_its_channels(kernel, tiny):
     """Size by size, those of B0's maps and of the decoder's."""
     drawn = re.findall(r"(?m)^# 1/(\d+) +(?:(\d+) .*--> +)?(\d+) +upsample", CELLS)
-    config = kernel.replace(tiny, decoder_width=1.0)
+    config = kernel.replace(tiny, decoder_filters=kernel.PAPER.decoder_filters)
     model = kernel.build_efficient_unet(config, "efficientnetb0", (64, 96)).get_layer(index=2)
     for stage, (part, encoder, decoder) in enumerate(reversed(drawn)):
         output = model.get_layer(f"decoder_stage{stage}b_relu").output

@@ -1,10 +1,11 @@
 """Measure what a training step of EfficientUNet takes for each million pixels, on the CPU.
 
-PYTHONPATH=tests python tests/benchmarks/memory.py [ENCODER ...]
+PYTHONPATH=tests python tests/benchmarks/memory.py [PRESET [ENCODER ...]]
 
-From the numbers choose_batch_size plans. Each comes from the peak memory of two processes,
-in float32 and in bfloat16, which do the same step with few and with more images: their difference
-is what the images take. The weights and TensorFlow's graph are in neither.
+The decoder is PAPER's or that of another preset. From PAPER's numbers choose_batch_size plans. Each
+comes from the peak memory of two processes, in float32 and in bfloat16, which do the same step with
+few and with more images: their difference is what the images take. The weights and TensorFlow's
+graph are in neither.
 """
 
 import subprocess
@@ -17,10 +18,11 @@ from conftest import KERNEL
 SIZE, FEW, MORE = (320, 480), 2, 6
 
 
-def take_steps(encoder, precision, images):
+def take_steps(preset, encoder, precision, images):
     """Do two training steps on random images and print the process's peak memory in bytes."""
     tf.keras.mixed_precision.set_global_policy(precision)
-    config = KERNEL.replace(KERNEL.BEST, encoder_weights=None, decoder_width=1.0)
+    filters = getattr(KERNEL, preset).decoder_filters
+    config = KERNEL.replace(KERNEL.BEST, encoder_weights=None, decoder_filters=filters)
     model = KERNEL.build_efficient_unet(config, encoder, SIZE)
     model.compile("sgd", KERNEL.functools.partial(KERNEL.unet_loss, config))
     random = np.random.default_rng(0)
@@ -32,20 +34,20 @@ def take_steps(encoder, precision, images):
     print("peak", 1024 * int(peak.split()[1]))
 
 
-def measure(encoder, precision, images):
+def measure(preset, encoder, precision, images):
     """What take_steps prints, from a process of its own."""
-    command = [sys.executable, __file__, "steps", encoder, precision, str(images)]
+    command = [sys.executable, __file__, "steps", preset, encoder, precision, str(images)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(output.rpartition("peak ")[2])
 
 
-def main(encoders):
+def main(preset="PAPER", *encoders):
     """Print a line for each encoder."""
     pixels = (MORE - FEW) * SIZE[0] * SIZE[1] / 1e6
     for encoder in encoders or [f"efficientnetb{number}" for number in range(8)]:
         found = []
         for precision in ("float32", "mixed_bfloat16"):
-            few, more = (measure(encoder, precision, images) for images in (FEW, MORE))
+            few, more = (measure(preset, encoder, precision, count) for count in (FEW, MORE))
             found.append((more - few) / 2**30 / pixels)
         each = "{:.2f} GiB in 32 bits, {:.2f} in 16 bits".format(*found)
         print(f"{encoder}: {each} for a million pixels", flush=True)
@@ -53,6 +55,6 @@ def main(encoders):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["steps"]:
-        take_steps(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        take_steps(*sys.argv[2:5], int(sys.argv[5]))
     else:
-        main(sys.argv[1:])
+        main(*sys.argv[1:])

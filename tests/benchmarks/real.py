@@ -14,11 +14,10 @@ the last fifth; scored are the test pictures, and those of the last fifth by rul
 others of them. The ways are
 
 - best: BEST's U-Net for nine tenths of the time, its classifier for one;
-- paper: PAPER's U-Net for the whole time, its decoder of the whole width, threshold and minimum
-  area for each class;
+- paper: PAPER's U-Net for the whole time, threshold and minimum area for each class;
 - popular: the recipe of the competition's popular Keras notebooks: sigmoid, cross-entropy + Dice of
-  a whole batch, Adam, whose rate falls where the validation loss stands still, flips, a decoder of
-  the whole width, threshold and minimum area for each class;
+  a whole batch, Adam, whose rate falls where the validation loss stands still, flips, PAPER's
+  decoder, threshold and minimum area for each class;
 - mirrored: best, whose classifier judges mirror images too;
 - started: best, whose classifier starts from the U-Net's encoder;
 - alone: best without a classifier, the U-Net for nine tenths of the time;
@@ -275,7 +274,7 @@ def run_way(way, seed, args, kept):
     own |= {"hours": args.minutes / 60, "classifier_size": size}
     if way == "popular":
         own |= {"flips": False, "decision": "threshold and area"}
-        own["decoder_width"] = KERNEL.PAPER.decoder_width
+        own["decoder_filters"] = KERNEL.PAPER.decoder_filters
     own |= {"averaging": False} if way == "plain" else {}
     own |= {"classifier_epochs": 50} if way in LONGER else {}
     own |= {"classifier_size": tuple(2 * side for side in size)} if way == "larger" else {}
