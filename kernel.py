@@ -980,9 +980,9 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 # there with all of its weights; the *U-Net* follows in [Where?](#Where?).
 #
 # A step takes as many pictures as fit into memory. What one needs grows with its pixels and the
-# encoder: for a million pixels a U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little more than
-# half of that. So the paper's batch of 32 has no room: by this estimate a GPU of 15 GiB takes 2
-# pictures of 1312 x 2080 in a step of B0.
+# encoder: for a million pixels `PAPER`'s U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
+# more than half of that. So the paper's batch of 32 has no room: by this estimate, which is
+# generous to `BEST`'s smaller decoder, a GPU of 15 GiB takes 2 pictures of 1312 x 2080 in a step.
 
 # %%
 import zlib
