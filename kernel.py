@@ -101,7 +101,7 @@ for call in list_pip_calls():
 # It is chosen by environment variables, which must be set before TensorFlow is imported. What only
 # a later section needs is imported there, before any training.
 
-# %% tags=["nbval-ignore-output"]
+# %% _kg_hide-input=true jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 os.environ |= {"TF_USE_LEGACY_KERAS": "1", "SM_FRAMEWORK": "tf.keras"}
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "NO_ALBUMENTATIONS_UPDATE": "1"}  # no notes, no look-up
 os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"  # some mounted file systems refuse locks
@@ -781,7 +781,7 @@ show(images, list(map(split_planes, planes)), titles, columns=3)
 # and copies of the last one fill its batch.
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def make_dataset(load, examples, batch_size, kinds):
     """A tf.data.Dataset of full batches of arrays of some kinds (shape, type), prefetched.
 
@@ -869,7 +869,7 @@ print(f"{(~held_out).sum():,} pictures to learn from, {held_out.sum():,} held ou
 # network: no copy of the notebook can forget it. Probabilities leave as float32 whatever the
 # precision inside.
 
-# %% tags=["nbval-ignore-output"]
+# %% _kg_hide-input=true jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 import functools
 import inspect
 
@@ -979,12 +979,12 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 # the encoder frozen as it came, in `PAPER` and `BEST` from ImageNet; the *classifier* goes on from
 # there with all of its weights; the *U-Net* follows in [Where?](#Where?).
 #
-# A step takes as many pictures as fit into memory. What one needs grows with its pixels and the
-# encoder: for a million pixels `PAPER`'s U-Net of B0 needed 3 GiB on a CPU, and in 16 bits little
-# more than half of that. So the paper's batch of 32 has no room: by this estimate, which is
-# generous to `BEST`'s smaller decoder, a GPU of 15 GiB takes 2 pictures of 1312 x 2080 in a step.
+# A step takes as many pictures as fit into memory. For the gradients it keeps what every layer puts
+# out, with B0 and `PAPER`'s decoder 800 numbers for each pixel, with `BEST`'s 520; on a CPU it
+# needed up to a quarter more. So the paper's batch of 32 has no room: by this estimate a GPU of 15
+# GiB takes 2 pictures of 1312 x 2080 in a step, and 3 with `BEST`'s decoder.
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 import zlib
 from collections.abc import Callable
 
@@ -1014,18 +1014,17 @@ class Network:
         return f"{encoder}, fold {self.fold}, {self.kind}"
 
 
-def choose_batch_size(config, network, memory=None):
-    """How many images a step takes on all devices: those that fit, by what a CPU needed.
+def choose_batch_size(config, model, memory=None):
+    """How many images a step takes on all devices: those that fit, by the outputs of all layers.
 
     `memory` is the GiB of a device; None asks TensorFlow for the smallest of its GPUs, 15 without.
     """
     gpus = [device for device in device_lib.list_local_devices() if device.device_type == "GPU"]
     memory = memory or min((gpu.memory_limit / 2**30 for gpu in gpus), default=15)
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    pair = isinstance(network.encoder, tuple)
-    depths = (1.0, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6, 3.1)  # of B0 to B7
-    depth = max(network.encoder) if pair else depths[int(network.encoder[-1])]  # or width
-    each = (3.3 if config.precision == "float32" else 1.8) * depth * math.prod(network.size) / 1e6
+    layers = [part for part in model.submodules if isinstance(part, tf.keras.layers.Layer)]
+    values = sum(math.prod(layer.output.shape[1:]) for layer in layers)
+    each = 1.25 * values * (4 if config.precision == "float32" else 2) / 2**30
     return max(1, min(int(0.8 * memory / each), config.batch_size // replicas)) * replicas
 
 
@@ -1073,12 +1072,12 @@ def choose_folder(config, network, pictures, output):
 
 
 def build_network(config, network, weights=None):
-    """The model of a network, with the weights in a file if there is one.
+    """A network with its model, whose weights are those in a file if there is one, and its batch.
 
     Raises ValueError, which names the file, if they are not the network's.
     """
-    config = replace(config, encoder_weights=None) if weights else config
-    model = network.build(config, network.encoder, network.size)
+    options = replace(config, encoder_weights=None) if weights else config
+    model = network.build(options, network.encoder, network.size)
     encoder = model.get_layer(index=2)
     # A file's order depends on what was trainable: the weights to start with are a baseline's.
     encoder.trainable = network.kind != "baseline" and weights != network.start
@@ -1087,7 +1086,8 @@ def build_network(config, network, weights=None):
     except (OSError, ValueError, LookupError) as error:
         raise ValueError(f"The weights {weights} do not fit: {error}") from None
     encoder.trainable = network.kind != "baseline"
-    return model
+    batch_size = network.batch_size or choose_batch_size(config, model)
+    return replace(network, model=model, batch_size=batch_size)
 
 
 for shape in (NetworkConfig, UNetConfig):
@@ -1240,12 +1240,7 @@ plt.show()
 # %%
 def fit(config, network, pictures, schedule):
     """Train a network in its folder, from where it stands there."""
-    history, held_out = read_history(network.folder), pictures["fold"] == network.fold
-    print(f"{network}: {len(history)} of {network.epochs} epochs are done.", flush=True)
-    if len(history) >= network.epochs or history.isna().any(axis=None):
-        return
-    tf.keras.utils.set_random_seed(config.seed)
-    model = build_network(config, network, network.start)
+    model, held_out = network.model, pictures["fold"] == network.fold
     free, needed = shutil.disk_usage(network.folder).free / 1e6, 32e-6 * model.count_params()
     if free < needed:  # for the weights twice, and twice for those with the optimiser's
         raise OSError(f"{network.folder} has {free:.0f} MB free; {network} needs {needed:.0f}.")
@@ -1271,7 +1266,7 @@ def fit(config, network, pictures, schedule):
         shutil.rmtree(state, ignore_errors=True)
 
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 def train(config, networks, pictures, output, end, predictions=0):
     """Train networks in turn, in equal shares of the time to `end`, and return those trained.
 
@@ -1283,12 +1278,16 @@ def train(config, networks, pictures, output, end, predictions=0):
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     for number, network in enumerate(networks, start=1):
         network = replace(network, folder=choose_folder(config, network, pictures, output))
-        network = replace(network, batch_size=choose_batch_size(config, network))
         deadline = start + (end - start) * number / len(networks)
         afterwards = (pictures["fold"] == network.fold).sum() + number * predictions
         WARNINGS.pop(str(network), None)  # of an earlier run
-        while not interrupted:
+        history = read_history(network.folder)
+        print(f"{network}: {len(history)} of {network.epochs} epochs are done.", flush=True)
+        ended = len(history) >= network.epochs or history.isna().any(axis=None)
+        while not (ended or interrupted):
             try:
+                tf.keras.utils.set_random_seed(config.seed)
+                network = build_network(config, network, network.start)
                 fit(config, network, pictures, Schedule(config, network, deadline, afterwards))
                 break
             except (KeyboardInterrupt, SystemError) as error:
@@ -1305,7 +1304,7 @@ def train(config, networks, pictures, output, end, predictions=0):
             text = f"The loss of {network} became nan. Its best weights before that are used."
             warn(str(network), text)
         if (weights := network.folder / "weights.h5").exists():
-            trained.append(replace(network, model=build_network(config, network, weights)))
+            trained.append(build_network(config, network, weights))
     if trained:
         return trained
     raise RuntimeError(f"No {networks[0].kind} was trained, so there is nothing to predict with.")

@@ -325,12 +325,17 @@ def pretend_replicas(monkeypatch):
     tf.distribute.experimental_set_strategy(None)
 
 
+def build_unet(kernel, config, encoder, size):
+    """EfficientUNet of a configuration from random weights."""
+    return kernel.build_efficient_unet(kernel.replace(config, encoder_weights=None), encoder, size)
+
+
 @pytest.mark.parametrize(
     ("memory", "replicas", "precision", "size", "batch"),
     [
-        (15.0, 2, "mixed_float16", (1312, 2080), 4),
+        (15.0, 2, "mixed_float16", (1312, 2080), 6),
         (15.0, 1, "float32", (1312, 2080), 1),
-        (16.0, 8, "mixed_bfloat16", (1312, 2080), 16),
+        (16.0, 8, "mixed_bfloat16", (1312, 2080), 24),
         (1.0, 2, "float32", (1312, 2080), 2),  # at least one for each; it is tried
         (15.0, 1, "mixed_float16", (320, 480), 32),
     ],
@@ -338,14 +343,35 @@ def pretend_replicas(monkeypatch):
 def test_the_largest_batch_that_fits_is_taken(
     kernel, pretend_replicas, memory, replicas, precision, size, batch
 ):
-    config = kernel.replace(kernel.BEST, precision=precision, image_size=size)
+    config = kernel.replace(kernel.BEST, precision=precision)
+    unet = build_unet(kernel, config, "efficientnetb0", size)
     pretend_replicas(replicas)
-    assert kernel.choose_batch_size(config, plan(kernel, config)["U-Net"], memory) == batch
+    assert kernel.choose_batch_size(config, unet, memory) == batch
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder", "precision", "measured"),
+    [
+        ("PAPER", "efficientnetb0", "float32", 2.84),
+        ("PAPER", "efficientnetb0", "mixed_bfloat16", 1.66),
+        ("PAPER", "efficientnetb5", "mixed_bfloat16", 3.83),
+        ("BEST", "efficientnetb0", "float32", 2.39),
+        ("BEST", "efficientnetb0", "mixed_bfloat16", 1.14),
+    ],
+)
+def test_the_memory_of_a_step_is_what_was_measured_or_little_more(
+    kernel, preset, encoder, precision, measured
+):
+    """In GiB for a million pixels, by tests/benchmarks/memory.py; four fifths of it are used."""
+    config = kernel.replace(getattr(kernel, preset), precision=precision, batch_size=10**6)
+    unet = build_unet(kernel, config, encoder, (320, 480))
+    planned = 0.8 * 1e5 / kernel.choose_batch_size(config, unet, 1e5) / (0.320 * 0.480)
+    assert measured < planned < 1.35 * measured
 
 
 @pytest.mark.parametrize(
     ("gpus", "batch"),
-    [([], 2), ([15], 2), ([15, 80], 2), ([80, 30], 4), ([8], 1)],
+    [([], 3), ([15], 3), ([15, 80], 3), ([80, 30], 7), ([8], 1)],
 )
 def test_memory_is_that_of_the_smallest_gpu(kernel, monkeypatch, gpus, batch):
     """As TensorFlow says it, in bytes; 15 GiB without one."""
@@ -353,7 +379,8 @@ def test_memory_is_that_of_the_smallest_gpu(kernel, monkeypatch, gpus, batch):
     devices = [types.SimpleNamespace(device_type=t, memory_limit=limit) for t, limit in kinds]
     monkeypatch.setattr(kernel.device_lib, "list_local_devices", lambda: devices)
     config = kernel.replace(kernel.BEST, precision="mixed_float16")
-    assert kernel.choose_batch_size(config, plan(kernel, config)["U-Net"]) == batch
+    unet = build_unet(kernel, config, "efficientnetb0", config.image_size)
+    assert kernel.choose_batch_size(config, unet) == batch
 
 
 # Trains and keeps the best weights
@@ -898,7 +925,7 @@ def test_a_training_step_and_a_prediction_compile_with_xla(kernel, tiny):
     """As a TPU needs it: nothing in them has a shape that depends on values."""
     tf.keras.utils.set_random_seed(1)
     network = replace(plan(kernel, tiny)["U-Net"], encoder=(0.3, 0.1), batch_size=2)
-    model = kernel.build_network(tiny, network)
+    model = kernel.build_network(tiny, network).model
     loss, dice = (functools.partial(f, tiny) for f in (network.loss, network.measure))
     dice = tf.keras.metrics.MeanMetricWrapper(dice, "dice")
     optimizer = tf.keras.optimizers.legacy.Adam()
@@ -1030,7 +1057,7 @@ def test_a_training_goes_on_with_another_batch_for_all_its_epochs(
         first, history = train(kernel, config, pictures, tmp_path, end=23)
     assert len(history) == 3
     wanted = int(first.batch_size * factor)
-    monkeypatch.setattr(kernel, "choose_batch_size", lambda config, network: wanted)
+    monkeypatch.setattr(kernel, "choose_batch_size", lambda config, model: wanted)
     steps = watch(kernel, monkeypatch)
     second, history = train(kernel, config, pictures, tmp_path)
     assert second.folder == first.folder and second.batch_size == wanted

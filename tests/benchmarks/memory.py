@@ -2,10 +2,10 @@
 
 PYTHONPATH=tests python tests/benchmarks/memory.py [PRESET [ENCODER ...]]
 
-The decoder is PAPER's or that of another preset. From PAPER's numbers choose_batch_size plans. Each
-comes from the peak memory of two processes, in float32 and in bfloat16, which do the same step with
-few and with more images: their difference is what the images take. The weights and TensorFlow's
-graph are in neither.
+The decoder is PAPER's or that of another preset. The plan of choose_batch_size is tested against
+these numbers. Each comes from the peak memory of two processes, in float32 and in bfloat16, which
+do the same step with few and with more images: their difference is what the images take. The
+weights and TensorFlow's graph are in neither.
 """
 
 import subprocess

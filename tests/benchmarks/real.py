@@ -247,10 +247,12 @@ def train(config, network, pictures, output, end, kept="weights"):
     network = replace(network, folder=KERNEL.choose_folder(config, network, pictures, output))
     if not (done := network.folder / "done").exists():
         held_out = (pictures["fold"] == network.fold).sum()
+        KERNEL.tf.keras.utils.set_random_seed(config.seed)
+        network = KERNEL.build_network(config, network, network.start)
         KERNEL.fit(config, network, pictures, KERNEL.Schedule(config, network, end, held_out))
         done.touch()  # also if the clock has ended it
     weights = network.folder / f"{kept}.h5"
-    return replace(network, model=KERNEL.build_network(config, network, weights))
+    return KERNEL.build_network(config, network, weights)
 
 
 def run(way, seed, args):
