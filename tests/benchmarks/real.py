@@ -26,6 +26,7 @@ others of them. The ways are
 - present, half present: best, whose U-Net's loss weighs absent classes by 0.2, by 0.5;
 - batch: best, whose U-Net's Dice loss is of whole batches;
 - longer: best, whose classifier has four times as long;
+- frozen: alone, whose encoder stays as it is for the first fifth of the time;
 - augmented: alone, every copy augmented;
 - more: augmented, with scale, shift, brightness and contrast too;
 - dropout, smoothed, larger: longer, with dropout of 0.3 before the classifier's last layer, with
@@ -42,6 +43,7 @@ need another OUTPUT.
 
 import argparse
 import json
+import shutil
 import time
 import types
 from dataclasses import replace
@@ -157,6 +159,22 @@ def augment_more(config, draw):
     return compose
 
 
+def fit_decoder_first(config, network, pictures, schedule, fit=KERNEL.fit):
+    """fit, after a fifth of the time in which the encoder stays as it is."""
+    encoder = KERNEL.build_classifier(config, network.encoder, network.size).get_layer(index=2)
+    part = network.model.get_layer(index=2)
+    layers = [part.get_layer(layer.name) for layer in encoder.layers[1:]]
+    now = time.process_time()
+    first = KERNEL.Schedule(config, network, now + (schedule.deadline - now) / 5)
+    for trained, planned in ((False, first), (True, schedule)):
+        for file in network.folder.glob("[!s]*"):
+            file.unlink()  # the history and the weights: the training begins anew
+        shutil.rmtree(network.folder / "state", ignore_errors=True)
+        for layer in layers:
+            layer.trainable = trained
+        fit(config, network, pictures, planned)
+
+
 class KeepAll(KERNEL.KeepBest):
     """Keep the weights of the highest validation Dice and the last ones too."""
 
@@ -173,6 +191,7 @@ class KeepAll(KERNEL.KeepBest):
 
 KERNEL.KeepBest = KeepAll
 PATCHES = {  # of the notebook's functions, in ways that are alone but for them
+    "frozen": {"fit": fit_decoder_first},
     "augmented": {"plan_epoch": augment_all},
     "more": {"plan_epoch": augment_all, "make_augmentation": augment_more},
 }
