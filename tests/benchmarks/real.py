@@ -27,6 +27,7 @@ others of them. The ways are
 - batch: best, whose U-Net's Dice loss is of whole batches;
 - longer: best, whose classifier has four times as long;
 - frozen: alone, whose encoder stays as it is for the first fifth of the time;
+- grown: alone, with images of half the height and width for the first half of the time;
 - augmented: alone, every copy augmented;
 - more: augmented, with scale, shift, brightness and contrast too;
 - dropout, smoothed, larger: longer, with dropout of 0.3 before the classifier's last layer, with
@@ -175,6 +176,20 @@ def fit_decoder_first(config, network, pictures, schedule, fit=KERNEL.fit):
         fit(config, network, pictures, planned)
 
 
+def fit_smaller_first(config, network, pictures, schedule, fit=KERNEL.fit):
+    """fit, after half of the time with images of half the height and width."""
+    size, folder = tuple(side // 2 for side in network.size), network.folder / "smaller"
+    folder.mkdir(exist_ok=True)
+    smaller = replace(network, size=size, folder=folder)
+    smaller = replace(smaller, model=network.build(config, network.encoder, size))
+    now = time.process_time()
+    first = KERNEL.Schedule(config, smaller, now + (schedule.deadline - now) / 2)
+    fit(config, smaller, pictures, first)
+    smaller.model.load_weights(folder / "weights.h5")
+    network.model.set_weights(smaller.model.get_weights())
+    fit(config, network, pictures, schedule)
+
+
 class KeepAll(KERNEL.KeepBest):
     """Keep the weights of the highest validation Dice and the last ones too."""
 
@@ -192,6 +207,7 @@ class KeepAll(KERNEL.KeepBest):
 KERNEL.KeepBest = KeepAll
 PATCHES = {  # of the notebook's functions, in ways that are alone but for them
     "frozen": {"fit": fit_decoder_first},
+    "grown": {"fit": fit_smaller_first},
     "augmented": {"plan_epoch": augment_all},
     "more": {"plan_epoch": augment_all, "make_augmentation": augment_more},
 }
