@@ -330,9 +330,8 @@ plt.show()
 # %% alt="Bars: how many pictures hold one, two, three and four classes"
 present = all_pictures[CLASSES] != ""
 print(f"Of all masks {1 - present.mean(axis=None):.3f} are empty")
-plt.figure(figsize=(5, 3))
 options = {"title": "Classes in a picture", "xlabel": "classes", "ylabel": "pictures", "rot": 0}
-present.sum(axis=1).value_counts().sort_index().plot.bar(**options)
+present.sum(axis=1).value_counts().sort_index().plot.bar(figsize=(5, 3), **options)
 plt.show()
 present.T.astype(int) @ present.astype(int)
 
@@ -409,7 +408,7 @@ class UNetConfig(NetworkConfig):
 class Config(UNetConfig):
     """All choices of a run; a value that is not allowed raises a ValueError.
 
-    None as precision or hours takes what suits the device, and all that Kaggle grants.
+    None as precision takes what suits the device, as hours all that Kaggle grants, or 1000.
     """
 
     encoders: tuple[Encoder, ...] = ("efficientnetb0",)  # or coefficients of (width, depth)
@@ -430,8 +429,9 @@ class Config(UNetConfig):
     @pydantic.model_validator(mode="after")
     def check_together(self):
         """Raise ValueError for what no field can know alone."""
-        if not self.encoders or not set() < set(self.held_out) <= set(range(self.folds)):
-            raise ValueError(f"encoders and held_out are lists, the folds 0 to {self.folds - 1}")
+        lists, folds = (self.encoders, self.held_out), range(self.folds)
+        if not all(lists) or any(len({*x}) < len(x) for x in lists) or {*self.held_out} - {*folds}:
+            raise ValueError(f"encoders and held_out are lists, no repeats, folds 0 to {folds[-1]}")
         if any(size[0] > size[1] for size in (self.image_size, self.classifier_size)):
             raise ValueError("image_size and classifier_size are (height, width), not the reverse")
         return self
@@ -447,7 +447,7 @@ BEST = replace(
     # A third of the operations. In equal time, half the width gained .011 of Dice at 64 x 96, and
     # ending at 1/4 of the size another .009 there, and .008 at 128 x 192
     decoder_filters=(128, 64, 32),
-    decision="expected",  # +.006 to +.010 of Dice over threshold and area
+    decision="expected",  # +.006 to +.010 of Dice over threshold and area, on 1,400 pictures
 )
 SAMPLE = replace(
     BEST,
@@ -524,19 +524,20 @@ def choose_device(environment=os.environ, on_kaggle=ON_KAGGLE):
 
 
 strategy, precision = choose_device()
-granted = 8.75 if isinstance(strategy, tf.distribute.TPUStrategy) else 11.75  # 9 and 12 by Kaggle
-hours = min(config.hours or granted, granted if ON_KAGGLE else math.inf)
+on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+granted = (8.75 if on_tpu else 11.75) if ON_KAGGLE else 1000  # on Kaggle it is 9 or 12
+hours = min(config.hours or granted, granted)
 config = replace(config, precision=config.precision or precision, hours=hours)
 session_end = started + 3600 * config.hours
 tf.distribute.experimental_set_strategy(strategy)  # from here on, for all networks
 tf.keras.mixed_precision.set_global_policy(config.precision)
 devices = [device.name for device in tf.config.list_logical_devices()]
-print(*devices, config.precision, f"{config.hours} hours", sep=", ")
+print(*devices, config.precision, f"{config.hours:g} hours", sep=", ")
 
 # %% [markdown]
 # What a session leaves in its output folder, a later one takes up: attach that output, and networks
-# that are finished are loaded, and those that were begun go on. The next cell copies them; of
-# several copies of a network it takes the one that was trained furthest.
+# that are finished are loaded, and those that were begun go on with their next epoch. The next cell
+# copies them; of several copies of a network it takes the one that was trained furthest.
 
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
@@ -910,7 +911,7 @@ def build_part(config, encoder, size, build, mount=Path("/kaggle/input")):
         part = build(name, input_shape=(*size, 3), weights=weights)
     except Exception as error:  # Keras raises no narrower one if a download fails
         fault = f"{name} cannot be built with encoder_weights {weights}: {error}. ImageNet's are"
-        raise ValueError(f"{fault} of B0 to B7, by internet, dataset or ~/.keras/models") from None
+        raise ValueError(f"{fault} of B0 to B7, by internet, dataset or ~/.keras/models") from error
     for layer in part.layers:  # these settings are read at each call
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             layer.momentum = config.batch_norm_momentum
@@ -981,7 +982,7 @@ print(f"{name_encoder(config.encoders[0])} has {small.count_params():,} paramete
 #
 # A step takes as many pictures as fit into memory. For the gradients it keeps what every layer puts
 # out, with B0 and `PAPER`'s decoder 800 numbers for each pixel, with `BEST`'s 520; on a CPU it
-# needed up to a quarter more. So the paper's batch of 32 has no room: by this estimate a GPU of 15
+# needed up to a quarter more. So the authors' batch of 32 has no room: by this estimate a GPU of 15
 # GiB takes 2 pictures of 1312 x 2080 in a step, and 3 with `BEST`'s decoder.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
@@ -1120,7 +1121,7 @@ class Schedule(tf.keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Count from the steps that are done: an earlier session's batch may have been another."""
-        self.done = int(self.model.optimizer.iterations.numpy())
+        self.epoch, self.done = epoch, int(self.model.optimizer.iterations.numpy())
         self.wanted = self.done + (self.params["epochs"] - epoch) * self.params["steps"]
         self.planned = min(self.planned, self.wanted)
 
@@ -1139,7 +1140,7 @@ class Schedule(tf.keras.callbacks.Callback):
             self.planned = max(self.done, int(min(self.wanted, fitting)))
             self.model.stop_training |= self.planned == self.done
         if now - self.told > 60:
-            self.on_epoch_end(self.done / self.params["steps"] - 1, logs)
+            self.on_epoch_end(self.epoch + (batch + 1) / self.params["steps"] - 1, logs)
 
     def on_epoch_end(self, epoch, logs=None):
         """Print a line, after an epoch and at least once a minute."""
@@ -1170,11 +1171,6 @@ class KeepBest(tf.keras.callbacks.Callback):
         self.best = min([math.inf, *read_history(network.folder)["val_loss"]])
         self.count, self.means = 0, None
 
-    def on_train_begin(self, logs=None):
-        """Keep the first weights, so that there are some whenever a training ends."""
-        if not (self.folder / "weights.h5").exists():
-            self.save()
-
     def on_train_batch_end(self, batch, logs=None):
         """Take the weights into their means."""
         done, often = self.schedule.done, max(1, self.params["steps"] // 10)
@@ -1192,18 +1188,14 @@ class KeepBest(tf.keras.callbacks.Callback):
         """Keep what was validated if it is the best, and go on with what was there before."""
         if logs["val_loss"] < self.best:
             self.best = logs["val_loss"]
-            self.save()
+            self.model.save_weights(self.folder / "part.h5")
+            os.replace(self.folder / "part.h5", self.folder / "weights.h5")
         self.model.set_weights(self.weights)
-
-    def save(self):
-        """Write the weights."""
-        self.model.save_weights(self.folder / "part.h5")
-        os.replace(self.folder / "part.h5", self.folder / "weights.h5")
 
 
 # %% [markdown]
-# [Rectified Adam](https://arxiv.org/abs/1908.03265) is Adam whose rate starts near 0 and grows as
-# its estimate of the gradients' spread becomes reliable; this factor depends on the step alone. We
+# [Rectified Adam](https://arxiv.org/abs/1908.03265) is Adam whose rate grows from near 0 as its
+# estimate of the gradients' spread becomes reliable; this factor depends on the step alone. We
 # multiply it by a schedule, which rises for the first tenth of a training and then falls to a
 # hundredth of the highest rate. The highest rate grows with the square root of the batch size,
 # close to what is [right](https://arxiv.org/abs/2205.10287) for optimisers like Adam. The shorter a
@@ -1225,11 +1217,10 @@ def learning_rate(highest, step, progress):
     return highest * rectification * min(progress / 0.1, 1 - 0.99 * (progress - 0.1) / 0.9)
 
 
-rates, progress = {}, np.arange(1, 201) / 200
+rates, progress = {}, pd.Index(np.arange(1, 201) / 200, name="share of the steps")
 for steps in (20000, 2000, 200):
     rates[f"{steps:,} steps"] = [learning_rate(1, round(p * steps), p) for p in progress]
-axes = pd.DataFrame(rates, progress).plot(figsize=(8, 2.6), title="share of the highest rate")
-axes.set_xlabel("share of the steps")
+pd.DataFrame(rates, progress).plot(figsize=(8, 2.6), title="share of the highest rate")
 plt.show()
 
 # %% [markdown]
@@ -1248,11 +1239,10 @@ def fit(config, network, pictures, schedule):
     loss, measure = (functools.partial(f, config) for f in (network.loss, network.measure))
     measure = tf.keras.metrics.MeanMetricWrapper(measure, network.measure.__name__)
     model.compile(optimizer, loss, weighted_metrics=[measure])
-    keras, keep_best = tf.keras.callbacks, KeepBest(network, schedule, config.averaging)
-    callbacks = [keras.TerminateOnNaN(), schedule, keep_best]
+    keras, state = tf.keras.callbacks, network.folder / "state"
+    callbacks = [keras.TerminateOnNaN(), schedule, KeepBest(network, schedule, config.averaging)]
     callbacks.append(keras.CSVLogger(network.folder / "history.csv", append=True))
-    state = network.folder / "state"  # sealed after each epoch by the last callback
-    callbacks.append(keras.BackupAndRestore(state, delete_checkpoint=False))
+    callbacks.append(keras.BackupAndRestore(state, delete_checkpoint=False))  # seals each epoch
 
     def done():
         return int(optimizer.iterations.numpy()) * network.batch_size
@@ -1271,8 +1261,8 @@ def train(config, networks, pictures, output, end, predictions=0):
     """Train networks in turn, in equal shares of the time to `end`, and return those trained.
 
     Time is left for `predictions` images of each. A batch that does not fit into memory is halved.
-    If interrupted, networks that were not begun are left out. Raises MemoryError if no batch fits,
-    OSError if the disk is too small, and RuntimeError if nothing was begun.
+    Left out are networks of which no batch fits, and, if interrupted, those without any epoch.
+    Raises OSError if the disk is too small, and RuntimeError if nothing was trained.
     """
     trained, start, interrupted = [], time.monotonic(), False
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -1294,17 +1284,20 @@ def train(config, networks, pictures, output, end, predictions=0):
                 if not isinstance(error.__cause__ or error, KeyboardInterrupt):  # within C code
                     raise
                 interrupted = True
-                warn(str(network), f"Interrupted in {network}; networks not begun are left out.")
-            except tf.errors.ResourceExhaustedError:
+                warn(str(network), f"Interrupted in {network}; what has no epoch yet is left out.")
+            except tf.errors.OpError as error:
+                if "EXHAUSTED" not in f"{type(error)} {error}".upper():  # as in cuDNN's own error
+                    raise
                 print(f"{network}: a step of {network.batch_size} images does not fit into memory.")
-                if not (half := network.batch_size // 2 // replicas * replicas):
-                    raise MemoryError("Choose a smaller encoder, or smaller images.") from None
-                network = replace(network, batch_size=half)
-        if read_history(network.folder).isna().any(axis=None):
-            text = f"The loss of {network} became nan. Its best weights before that are used."
-            warn(str(network), text)
-        if (weights := network.folder / "weights.h5").exists():
-            trained.append(build_network(config, network, weights))
+                half = network.batch_size // 2 // replicas * replicas
+                network = replace(network, batch_size=half, model=None)
+                if ended := not half:
+                    warn(str(network), f"{network} is left out: choose smaller images or encoders.")
+        history = read_history(network.folder)
+        if history.isna().any(axis=None):
+            warn(str(network), f"The loss of {network} became nan; what was best before is used.")
+        if history["val_loss"].notna().any():
+            trained.append(build_network(config, network, network.folder / "weights.h5"))
     if trained:
         return trained
     raise RuntimeError(f"No {networks[0].kind} was trained, so there is nothing to predict with.")
@@ -1314,7 +1307,8 @@ def train(config, networks, pictures, output, end, predictions=0):
 # First the paper's *baseline*, of which only the four outputs are trained, for at most a tenth of
 # the session's rest; then the whole network is *fine-tuned*, for at most a fifth. Ctrl-C, or the
 # stop button of an interactive session, ends the training of a cell: the best weights so far are
-# used, and networks that were not begun are left out. Run again, the cell goes on where it stood.
+# used, and networks without a finished epoch are left out. Run again, the cell goes on where it
+# stood.
 
 # %% tags=["nbval-ignore-output"]
 members = list(itertools.product(config.encoders, config.held_out))
@@ -1325,7 +1319,7 @@ end = time.monotonic() + (session_end - time.monotonic()) / 10
 baselines = train(config, baselines, pictures, output, end)
 
 # %% tags=["nbval-ignore-output"]
-changes = {"kind": "classifier", "epochs": config.classifier_epochs}
+changes = {"kind": "classifier", "epochs": config.classifier_epochs, "batch_size": None}
 classifiers = [replace(b, start=b.folder / "weights.h5", **changes) for b in baselines]
 end = time.monotonic() + (session_end - time.monotonic()) / 5
 classifiers = train(config, classifiers, pictures, output, end)
@@ -1396,9 +1390,8 @@ def find_points(truth, probability, recall):
     return points[points[:, 2] >= recall][-1], precise[0] if len(precise) else np.full(3, np.nan)
 
 
-judged = {}  # the probabilities by each classifier
-for c in classifiers:
-    judged[c.encoder, c.fold] = predict_presence(c, pictures[pictures["fold"] == c.fold])
+folds = pictures.groupby("fold")  # judged: the probabilities by each classifier
+judged = {(c.encoder, c.fold): predict_presence(c, folds.get_group(c.fold)) for c in classifiers}
 presence = pd.concat([*judged.values()]).groupby(level=0).mean()
 truth = pictures.loc[presence.index, CLASSES] != ""
 print(f"{len(presence):,} held-out pictures, each judged by networks that have not seen it")
@@ -1623,7 +1616,7 @@ def build_predictor(unet, flips):
     return tf.keras.Model(images, tf.cast(tf.round(maps), tf.uint8), name="predictor")
 
 
-def predict_maps(predictors, pictures, chunk=32):
+def predict_maps(predictors, pictures, chunk=48):
     """Yield, for each picture, the maps of each predictor and last their mean, rounded to bytes.
 
     uint8 (predictors + 1, 350, 525, classes). `predictors` are Networks whose models are
@@ -1646,9 +1639,8 @@ def count_pixels(maps, masks=None):
     `maps` (height, width, classes) are uint8. Given `masks` of the same shape, zeros and ones, only
     the true pixels are counted, so that the first number is the area of the true mask.
     """
-    weights = np.ones_like(maps) if masks is None else masks
-    pairs = zip(*(part.reshape(-1, len(CLASSES)).T for part in (maps, weights)))
-    counts = [np.bincount(values, weight, 256) for values, weight in pairs]
+    pairs = np.moveaxis([maps, np.ones_like(maps) if masks is None else masks], -1, 0)
+    counts = [np.bincount(values.ravel(), weight.ravel(), 256) for values, weight in pairs]
     return np.array(counts, int)[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 

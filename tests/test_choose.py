@@ -97,6 +97,8 @@ REFUSED = [
     ({"encoders": [[1.0, 0]]}, "encoders.*greater than or equal to 0.1.*input_value=0"),
     ({"encoders": ["../efficientnetb0"]}, "encoders.*'../efficientnetb0'"),
     ({"encoders": []}, "encoders and held_out are lists"),
+    ({"held_out": [0, 1, 0]}, "encoders and held_out are lists, no repeats"),
+    ({"encoders": [[0.5, 0.3], [0.5, 0.3]]}, "encoders and held_out are lists, no repeats"),
     (
         {"encoders": "efficientnetb2"},
         r'encoders.*array.*PAPER has {"encoders": \["efficientnetb0"\]}',
@@ -121,8 +123,8 @@ REFUSED = [
     ({"augmentation_probability": math.nan}, "augmentation_probability.*nan"),
     ({"rotation_limit": 360}, "rotation_limit.*less than or equal to 180.*360"),
     ({"folds": 1}, "folds.*greater than or equal to 2.*input_value=1"),
-    ({"held_out": [5]}, "held_out are lists, the folds 0 to 4"),
-    ({"held_out": [-1]}, "held_out are lists, the folds 0 to 4"),
+    ({"held_out": [5]}, "held_out are lists, no repeats, folds 0 to 4"),
+    ({"held_out": [-1]}, "held_out are lists, no repeats, folds 0 to 4"),
     ({"held_out": []}, "held_out are lists"),
     ({"held_out": ["0"]}, "held_out.*valid integer.*'0'"),
     ({"batch_size": 0}, "batch_size.*greater than or equal to 1.*input_value=0"),
@@ -256,7 +258,13 @@ def test_a_tpu_machine_without_a_tpu_ends_the_run_and_says_what_to_do(kernel):
 
 @pytest.mark.parametrize(
     ("on_kaggle", "hours", "expected"),
-    [(True, None, 11.75), (True, 3.0, 3.0), (True, 20.0, 11.75), (False, 20.0, 20.0)],
+    [
+        (True, None, 11.75),
+        (True, 3.0, 3.0),
+        (True, 20.0, 11.75),
+        (False, 20.0, 20.0),
+        (False, None, 1e3),
+    ],
 )
 def test_a_run_takes_the_chosen_hours_but_not_more_than_kaggle_grants(
     kernel, source, tmp_path, on_kaggle, hours, expected
