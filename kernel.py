@@ -2045,7 +2045,7 @@ print(*(f"{title}: {report[title] or 'none'}" for title in list(report)[2:]), se
 # ["efficientnetb2"]}`), all folds (`{"held_out": [0, 1, 2, 3, 4]}`, or one per session, and all in
 # a last one with their outputs attached), or more epochs. A smaller `image_size`, such as `[640,
 # 960]`, trains several times faster: of three sizes up to 256 x 384 the smallest scored best after
-# ten minutes of one processor core, and none after 25. After two hours at 192 x 288, neither an
-# hour more at 256 x 384 nor a second and a third network of the same fold gained anything that can
-# be told from chance. If a session ends before its training does, attach its output to the next,
-# which goes on from there.
+# ten minutes of one processor core, and after 25 they were alike. After two hours at 192 x 288,
+# neither an hour more at 256 x 384 nor the mean with one or two further networks gained anything
+# that can be told from chance. If a session ends before its training does, attach its output to the
+# next, which goes on from there.
