@@ -330,8 +330,9 @@ plt.show()
 # %% alt="Bars: how many pictures hold one, two, three and four classes"
 present = all_pictures[CLASSES] != ""
 print(f"Of all masks {1 - present.mean(axis=None):.3f} are empty")
+plt.figure(figsize=(5, 3))
 options = {"title": "Classes in a picture", "xlabel": "classes", "ylabel": "pictures", "rot": 0}
-present.sum(axis=1).value_counts().sort_index().plot.bar(figsize=(5, 3), **options)
+present.sum(axis=1).value_counts().sort_index().plot.bar(**options)
 plt.show()
 present.T.astype(int) @ present.astype(int)
 
