@@ -409,7 +409,7 @@ class UNetConfig(NetworkConfig):
 class Config(UNetConfig):
     """All choices of a run; a value that is not allowed raises a ValueError.
 
-    None as precision takes what suits the device, as hours all that Kaggle grants, or 1000.
+    None as precision takes what suits the device; as hours, all that Kaggle grants, elsewhere 1000.
     """
 
     encoders: tuple[Encoder, ...] = ("efficientnetb0",)  # or coefficients of (width, depth)
